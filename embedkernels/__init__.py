@@ -1,0 +1,68 @@
+"""Fused input embeddings, attention and embedding gradients for fine-tuning Hugging Face text models.
+
+The public names are loaded on first use, so that ``import embedkernels`` costs nothing and works on machines
+that have neither Triton nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attention": "embedkernels.ops.attention",
+    "check_errors": "embedkernels.ops.ids",
+    "embed": "embedkernels.ops.embed",
+    "embedding": "embedkernels.ops.embedding",
+    "embedding_grad": "embedkernels.ops.embedding_grad",
+    "embedding_plan": "embedkernels.ops.embedding_grad",
+    "use_backend": "embedkernels.ops.backend",
+    "FusedEmbedding": "embedkernels.nn.embedding",
+    "FusedInputEmbeddings": "embedkernels.nn.input_embeddings",
+    "patch": "embedkernels.hf.patch",
+    "unpatch": "embedkernels.hf.patch",
+}
+_SUBPACKAGES = ("hf", "nn", "ops", "reference")
+
+__all__ = [
+    "FusedEmbedding",
+    "FusedInputEmbeddings",
+    "__version__",
+    "attention",
+    "check_errors",
+    "embed",
+    "embedding",
+    "embedding_grad",
+    "embedding_plan",
+    "patch",
+    "unpatch",
+    "use_backend",
+]
+
+if TYPE_CHECKING:
+    from embedkernels.hf.patch import patch, unpatch
+    from embedkernels.nn.embedding import FusedEmbedding
+    from embedkernels.nn.input_embeddings import FusedInputEmbeddings
+    from embedkernels.ops.attention import attention
+    from embedkernels.ops.backend import use_backend
+    from embedkernels.ops.embed import embed
+    from embedkernels.ops.embedding import embedding
+    from embedkernels.ops.embedding_grad import embedding_grad, embedding_plan
+    from embedkernels.ops.ids import check_errors
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _SUBPACKAGES:
+        value = importlib.import_module(f"embedkernels.{name}")
+    else:
+        raise AttributeError(f"module 'embedkernels' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_SUBPACKAGES})

@@ -1,0 +1,1 @@
+"""Commands: ``embedkernels doctor`` and ``embedkernels finetune``."""

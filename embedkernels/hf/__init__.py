@@ -1,0 +1,1 @@
+"""Hugging Face: one table of adapters, patch and unpatch, report, attention interface."""

@@ -1,0 +1,1 @@
+"""One file per op: schema, checks and error messages, fake implementation, autograd formula, choice of backend."""

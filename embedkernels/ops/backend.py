@@ -1,0 +1,142 @@
+"""Which implementation an op runs on, and why.
+
+Every op has up to three backends: ``"extension"`` (the C++/CUDA library), ``"triton"`` and ``"torch"`` (plain
+PyTorch). The choice depends on the device and on what is installed; it is made in one place so that ``doctor`` and
+the patch report say exactly what a call will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Backend = Literal["extension", "triton", "torch"]
+BACKENDS: tuple[Backend, ...] = ("extension", "triton", "torch")
+
+# In order of preference, by op.
+SUPPORTED: dict[str, tuple[Backend, ...]] = {
+    "embed": ("triton", "torch"),
+    "embedding": ("triton", "torch"),
+    "embedding_grad": ("extension", "triton", "torch"),
+    "attention": ("triton", "torch"),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of an op on a device, and the reason in a sentence."""
+
+    backend: Backend
+    reason: str
+
+
+_forced: Backend | None = None
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in its interpreter (``TRITON_INTERPRET=1`` when Triton was imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton cannot be used here, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import triton
+    except Exception as error:  # a broken installation must not take the plain path down with it
+        return f"triton does not import ({type(error).__name__}: {error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"triton {triton.__version__} is older than 3.6"
+    return None
+
+
+def _problem(backend: Backend, op: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device``, or None if it can."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        problem = triton_problem()
+        if problem is None and device.type != "cuda" and not interpreting():
+            problem = f"triton does not compile for {device.type}"
+        return problem
+    from embedkernels.ops.extension import extension_status
+
+    status = extension_status()
+    if not status.loaded:
+        return status.reason
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda" and status.cuda:
+        return None
+    return f"the extension has no {device.type} code: {status.reason}"
+
+
+def choose(op: str, device: torch.device, requested: str | None = None) -> Choice:
+    """The backend that ``op`` takes on ``device``.
+
+    Args:
+        op: a key of ``SUPPORTED``.
+        device: where the inputs live.
+        requested: a backend's name, which then must be usable; None or ``"auto"`` takes the best there is.
+
+    Raises:
+        ValueError: unknown backend, or one that this op does not have.
+        RuntimeError: the requested backend cannot run here; the message says why.
+    """
+    supported = SUPPORTED[op]
+    if requested in (None, "auto"):
+        requested = _forced if _forced in supported else None
+    if requested is not None:
+        if requested not in supported:
+            raise ValueError(f"{op}: backend must be one of {', '.join(supported)} or auto, got {requested!r}")
+        backend: Backend = requested  # type: ignore[assignment]
+        problem = _problem(backend, op, device)
+        if problem is not None:
+            raise RuntimeError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
+        return Choice(backend, "asked for")
+    reasons = []
+    for backend in supported:
+        # On a CPU, Triton only has its interpreter, which is for tests: never a default.
+        if backend == "triton" and device.type != "cuda":
+            reasons.append(f"no Triton on {device.type}")
+            continue
+        problem = _problem(backend, op, device)
+        if problem is None:
+            return Choice(backend, "; ".join(reasons) or f"the best for {device.type}")
+        reasons.append(problem)
+    raise AssertionError("the torch backend runs everywhere")
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Within the block, every op that has ``backend`` runs on it; ops that lack it choose as usual.
+
+    Args:
+        backend: ``"extension"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: for another name.
+
+    Example:
+        >>> import embedkernels as ek
+        >>> with ek.use_backend("torch"):
+        ...     pass
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(f"use_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
