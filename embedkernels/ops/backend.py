@@ -60,8 +60,8 @@ def triton_problem() -> str | None:
     return None
 
 
-def _problem(backend: Backend, op: str, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device``, or None if it can."""
+def _problem(backend: Backend, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run on ``device``, or None if it can."""
     if backend == "torch":
         return None
     if backend == "triton":
@@ -99,8 +99,8 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> Choic
     if requested is not None:
         if requested not in supported:
             raise ValueError(f"{op}: backend must be one of {', '.join(supported)} or auto, got {requested!r}")
-        backend: Backend = requested  # type: ignore[assignment]
-        problem = _problem(backend, op, device)
+        backend: Backend = requested
+        problem = _problem(backend, device)
         if problem is not None:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
         return Choice(backend, "asked for")
@@ -110,7 +110,7 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> Choic
         if backend == "triton" and device.type != "cuda":
             reasons.append(f"no Triton on {device.type}")
             continue
-        problem = _problem(backend, op, device)
+        problem = _problem(backend, device)
         if problem is None:
             return Choice(backend, "; ".join(reasons) or f"the best for {device.type}")
         reasons.append(problem)
