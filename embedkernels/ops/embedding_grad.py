@@ -1,0 +1,215 @@
+"""The gradient of an embedding table: a plan made from the ids alone, and a deterministic sum of gradient rows with it.
+
+``embedding_plan`` sorts the ids once; ``embedding_grad`` adds the gradient rows of every row of the table in fp32, in
+an order that does not depend on timing, and writes the dense gradient. The op
+``torch.ops.embedkernels.embedding_backward`` does both and stands behind every autograd formula that needs a
+table's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedkernels.ops.backend import Backend, choose
+from embedkernels.reference import embedding as reference
+
+_ID_DTYPES = (torch.int32, torch.int64)
+_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """Which gradient rows meet in which row of a table.
+
+    Attributes:
+        order: int32 (N), positions in the flattened ids; the kept ones first, sorted stably by id.
+        segment_ids: int32 (N), the distinct kept rows, ascending, in the first ``count`` elements.
+        segment_offsets: int32 (N + 1), segment s is ``order[segment_offsets[s]:segment_offsets[s + 1]]``.
+        count: int32 (1), number of segments; on the device, reading it waits for it.
+        num_rows: rows of the table.
+    """
+
+    order: Tensor
+    segment_ids: Tensor
+    segment_offsets: Tensor
+    count: Tensor
+    num_rows: int
+
+
+def check_ids_tensor(ids: Tensor, op: str) -> None:
+    """TypeError unless ``ids`` is an int32 or int64 tensor, ValueError if it has 2**31 elements or more."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: ids must be a Tensor, got {type(ids).__name__}")
+    if ids.dtype not in _ID_DTYPES:
+        raise TypeError(f"{op}: ids must be int32 or int64, got {ids.dtype}")
+    if ids.numel() >= _LIMIT:
+        raise ValueError(f"{op}: ids has {ids.numel()} elements, at most {_LIMIT - 1} are supported")
+
+
+def normalized_padding(padding_idx: int | None, num_rows: int, op: str) -> int:
+    """``padding_idx`` counted from the front, -1 for None. Negative values count from the end, as in nn.Embedding."""
+    if padding_idx is None:
+        return -1
+    if not -num_rows <= padding_idx < num_rows:
+        raise ValueError(
+            f"{op}: padding_idx {padding_idx} is out of range for a table of {num_rows} rows: "
+            f"expected {-num_rows} to {num_rows - 1}"
+        )
+    return padding_idx % num_rows
+
+
+def embedding_plan(
+    ids: Tensor,
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    vocab_start: int = 0,
+    backend: Backend | None = None,
+) -> EmbeddingPlan:
+    """Sort ids into segments, one per distinct row of the table, without waiting for the device.
+
+    Args:
+        ids: int32 or int64, any shape, fewer than 2**31 elements.
+        num_embeddings: V, rows of the table, or of this shard of it.
+        padding_idx: the id whose row gets no gradient. Negative values count from the end of the table (only with
+            ``vocab_start`` 0).
+        vocab_start: the id of this shard's first row; ids outside [vocab_start, vocab_start + V) are dropped.
+        backend: ``"extension"``, ``"triton"``, ``"torch"`` or None for the best there is.
+
+    Returns:
+        EmbeddingPlan: for :func:`embedding_grad`.
+
+    Raises:
+        TypeError: ids that are not int32 or int64.
+        ValueError: too many ids or rows, or padding_idx out of range.
+    """
+    op = "embedding_plan"
+    check_ids_tensor(ids, op)
+    if not 0 <= num_embeddings < _LIMIT:
+        raise ValueError(f"{op}: num_embeddings must be 0 to {_LIMIT - 1}, got {num_embeddings}")
+    if vocab_start == 0:
+        padding = normalized_padding(padding_idx, num_embeddings, op)
+    elif padding_idx is None:
+        padding = -1
+    elif padding_idx < 0:
+        raise ValueError(f"{op}: padding_idx must not be negative with vocab_start, got {padding_idx}")
+    else:
+        padding = padding_idx
+    chosen = choose("embedding_grad", ids.device, backend).backend
+    return EmbeddingPlan(*_plan(ids, num_embeddings, padding, vocab_start, chosen), num_embeddings)
+
+
+def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend | None = None) -> Tensor:
+    """Dense gradient of a table: out[r] = sum of ``grad_rows`` at the positions where the ids were r.
+
+    Added in fp32 (fp64 for double), bitwise reproducible, every row written (zeros where there is no gradient).
+
+    Args:
+        grad_rows: (N, D) or (*ids.shape, D), floating point, any strides.
+        plan: of the ids, on the same device.
+        backend: ``"extension"``, ``"triton"``, ``"torch"`` or None for the best there is.
+
+    Returns:
+        (V, D) in the dtype of ``grad_rows``.
+
+    Raises:
+        TypeError: grad_rows that is not floating point.
+        ValueError: another number of rows than the plan has ids, or another device.
+    """
+    op = "embedding_grad"
+    n = plan.order.numel()
+    _check_grad_rows(grad_rows, n, plan.order.device, op)
+    chosen = choose("embedding_grad", grad_rows.device, backend).backend
+    rows = grad_rows.reshape(n, grad_rows.shape[-1])
+    return _dense(rows, plan, chosen)
+
+
+def _check_grad_rows(grad_rows: Tensor, n: int, device: torch.device, op: str) -> None:
+    if not grad_rows.is_floating_point():
+        raise TypeError(f"{op}: grad_rows must be floating point, got {grad_rows.dtype}")
+    if grad_rows.dim() < 1 or grad_rows.shape[:-1].numel() != n:
+        raise ValueError(
+            f"{op}: grad_rows must have one row for each of the {n} ids, got shape {tuple(grad_rows.shape)}"
+        )
+    if grad_rows.device != device:
+        raise ValueError(f"{op}: grad_rows is on {grad_rows.device}, the ids are on {device}")
+
+
+def _plan(ids: Tensor, rows: int, padding: int, start: int, backend: Backend) -> tuple[Tensor, ...]:
+    if backend == "extension":
+        made: tuple[Tensor, ...] = torch.ops.embedkernels_ext.embedding_plan(ids.contiguous(), rows, padding, start)
+        return made
+    # The sort dominates and is PyTorch's own on both other backends.
+    return reference.embedding_plan(ids, rows, padding, start)
+
+
+def _dense(rows: Tensor, plan: EmbeddingPlan, backend: Backend) -> Tensor:
+    parts = (plan.order, plan.segment_ids, plan.segment_offsets, plan.count, plan.num_rows)
+    if backend == "extension":
+        out: Tensor = torch.ops.embedkernels_ext.embedding_grad_dense(rows.contiguous(), *parts)
+        return out
+    return reference.embedding_grad_dense(rows, *parts)
+
+
+def _aten_cpu(rows: Tensor, ids: Tensor, num_rows: int, padding: int) -> Tensor:
+    """PyTorch's CPU kernel: each thread owns rows of the table and walks the ids in order, so it is deterministic.
+
+    It adds in the dtype of ``rows``, hence the fp32 copy of 16-bit gradients.
+    """
+    out_of_range = (ids < 0) | (ids >= num_rows)
+    ids = ids.masked_fill(out_of_range, padding)  # the kernel skips padding, -1 included
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return torch.ops.aten.embedding_dense_backward(wide, ids, num_rows, padding, False).to(rows.dtype)
+
+
+_library = torch.library.Library("embedkernels", "FRAGMENT")
+_library.define(
+    "embedding_backward(Tensor grad_rows, Tensor ids, SymInt num_rows, int padding_idx, str backend='auto') -> Tensor"
+)
+
+
+def _backward_impl(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int, backend: str = "auto") -> Tensor:
+    op = "embedding_backward"
+    check_ids_tensor(ids, op)
+    n = ids.numel()
+    _check_grad_rows(grad_rows, n, ids.device, op)
+    chosen = choose("embedding_grad", grad_rows.device, backend).backend
+    width = grad_rows.shape[-1]
+    rows = grad_rows.reshape(n, width)
+    if n == 0 or width == 0 or num_rows == 0:
+        return grad_rows.new_zeros((num_rows, width))
+    if chosen == "torch" and rows.device.type == "cpu":
+        return _aten_cpu(rows, ids.reshape(-1), num_rows, padding_idx)
+    plan = EmbeddingPlan(*_plan(ids, num_rows, padding_idx, 0, chosen), num_rows)
+    return _dense(rows, plan, chosen)
+
+
+_library.impl("embedding_backward", _backward_impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("embedkernels::embedding_backward", lib=_library)
+def _backward_fake(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int, backend: str = "auto") -> Tensor:
+    return grad_rows.new_empty((num_rows, grad_rows.shape[-1]))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
+    grad_rows, ids, ctx.num_rows, ctx.padding_idx, ctx.backend = inputs
+    ctx.shape = grad_rows.shape
+    ctx.save_for_backward(ids)
+
+
+def _double_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """The op is linear in grad_rows: its adjoint looks the rows up again, zero where an id was dropped."""
+    (ids,) = ctx.saved_tensors
+    dropped = (ids < 0) | (ids >= ctx.num_rows) | (ids == ctx.padding_idx)
+    rows = F.embedding(ids.masked_fill(dropped, 0), grad)
+    return rows.masked_fill(dropped[..., None], 0).reshape(ctx.shape), None, None, None, None
+
+
+torch.library.register_autograd(
+    "embedkernels::embedding_backward", _double_backward, setup_context=_setup_context, lib=_library
+)
