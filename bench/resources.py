@@ -1,0 +1,336 @@
+"""What every Triton kernel compiles to, for any target, without a GPU.
+
+    python -m bench.resources --targets sm_80,sm_90,sm_100,gfx942 --out resources.json
+
+Every ``CompileSpec`` of every module in ``embedkernels/kernels/`` is compiled by Triton for the asked targets.
+Registers and spills come from ptxas (NVIDIA) or from the code object's metadata (AMD), shared memory from Triton, the
+instruction mix from the disassembly by the cuobjdump of the Triton wheel. Nothing is launched.
+
+Must run in a process in which Triton has not been imported with ``TRITON_INTERPRET=1``: use :func:`measure` from
+such a process, or this module's command line from any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "embedkernels.kernels"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # what must always compile; sm_86, sm_89 and sm_120 on request
+
+# Shared memory that one block may use, in bytes; on AMD the local data share of a workgroup.
+# Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA, section 1.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+# Threads and blocks a multiprocessor can hold; its 65536 registers are handed out in units of 8 per thread.
+MAX_RESIDENT = {
+    "sm_80": (2048, 32),
+    "sm_86": (1536, 16),
+    "sm_89": (1536, 24),
+    "sm_90": (2048, 32),
+    "sm_100": (2048, 32),
+    "sm_120": (1536, 24),
+}
+REGISTER_FILE = 65536
+
+# SASS opcodes that are counted, by the name they get in the report.
+INSTRUCTIONS = {
+    "ldg_128": r"LDG\.(?:\w+\.)*128\b",
+    "stg_128": r"STG\.(?:\w+\.)*128\b",
+    "ldgsts_128": r"LDGSTS\.(?:\w+\.)*128\b",
+    "tma_load": r"UTMALDG",
+    "hmma": r"HMMA\.",
+    "hgmma": r"HGMMA\.",
+    "tcgen05_mma": r"UTC\w*MMA",
+    "ldl": r"LDL\b",
+    "stl": r"STL\b",
+}
+
+
+@dataclass
+class Resources:
+    """One kernel configuration compiled for one target.
+
+    Attributes:
+        spec, module, kernel, target: what was compiled.
+        error: why it did not compile, else None.
+        registers: per thread (on AMD: vector registers, accumulation registers included).
+        spill_stores, spill_loads: bytes per thread (on AMD: ``spill_stores`` is the bytes of scratch memory).
+        shared: bytes per block.
+        threads: per block.
+        occupancy: share of a multiprocessor's threads that registers and shared memory allow (NVIDIA only).
+        instructions: static counts, keys of ``INSTRUCTIONS`` and ``total`` (NVIDIA only).
+        seconds: of compilation.
+    """
+
+    spec: str
+    module: str
+    kernel: str
+    target: str
+    error: str | None = None
+    registers: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    shared: int = 0
+    threads: int = 0
+    occupancy: float | None = None
+    instructions: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def kernel_modules() -> list[str]:
+    """Names of the modules that list compile specs, in ``embedkernels/kernels/``."""
+    package = importlib.import_module(PACKAGE)
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{PACKAGE}.{name}"), "compile_specs")]
+
+
+def kernels_defined() -> list[str]:
+    """``module.kernel`` of every launchable kernel: each jitted function of the package named ``*_kernel``."""
+    from triton.runtime.jit import JITFunction
+
+    package = importlib.import_module(PACKAGE)
+    found = []
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{PACKAGE}.{info.name}")
+        for name, value in vars(module).items():
+            value = getattr(value, "fn", value) if not isinstance(value, JITFunction) else value
+            if isinstance(value, JITFunction) and value.__module__ == module.__name__ and name.endswith("_kernel"):
+                found.append(f"{info.name}.{value.__name__}")
+    return sorted(set(found))
+
+
+def specs_of(module: str) -> dict[str, Any]:
+    """The compile specs of a kernel module by name.
+
+    Raises:
+        ValueError: two specs of one name.
+    """
+    specs: dict[str, Any] = {}
+    for spec in importlib.import_module(module if "." in module else f"{PACKAGE}.{module}").compile_specs():
+        if spec.name in specs:
+            raise ValueError(f"{module}.compile_specs: two specs are named {spec.name!r}")
+        specs[spec.name] = spec
+    return specs
+
+
+def gpu_target(target: str) -> Any:
+    """Triton's description of ``sm_90``, ``gfx942`` and their like."""
+    from triton.backends.compiler import GPUTarget
+
+    if match := re.fullmatch(r"sm_(\d+)", target):
+        return GPUTarget("cuda", int(match.group(1)), 32)
+    if target.startswith("gfx9"):
+        return GPUTarget("hip", target, 64)
+    raise ValueError(f"target must be like sm_90 or gfx942, got {target!r}")
+
+
+def compile_spec(spec: Any, target: str) -> tuple[Any, str]:
+    """Compile one spec; returns Triton's compiled kernel and what ptxas printed."""
+    import triton
+    from triton import knobs
+    from triton.compiler import ASTSource
+
+    names = spec.kernel.arg_names
+    unknown = [name for name in (*spec.signature, *spec.constexprs, *spec.divisible_by_16) if name not in names]
+    missing = [name for name in names if name not in spec.signature and name not in spec.constexprs]
+    if unknown or missing:
+        raise ValueError(
+            f"{spec.name}: arguments of {spec.kernel.__name__} are {', '.join(names)}; "
+            f"not among them: {', '.join(unknown) or 'none'}; not given: {', '.join(missing) or 'none'}"
+        )
+    signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in names}
+    constexprs = {(names.index(name),): value for name, value in spec.constexprs.items()}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible_by_16}
+    # ptxas tells about spills only in its log, which Triton prints when asked and only if it really compiles.
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = True
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        compiled = triton.compile(
+            ASTSource(spec.kernel, signature, constexprs, attrs),
+            target=gpu_target(target),
+            options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+        )
+    return compiled, printed.getvalue()
+
+
+def ptxas_usage(log: str) -> tuple[int, int, int]:
+    """(registers, bytes of spill stores, bytes of spill loads) out of ``ptxas -v``'s log."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    if not registers:
+        raise ValueError(f"no register count in the log of ptxas: {log[:500]!r}")
+    stores = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
+    loads = sum(int(n) for n in re.findall(r"(\d+) bytes spill loads", log))
+    return max(registers), stores, loads
+
+
+def amdgcn_usage(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of scratch) out of the metadata of AMD assembly."""
+    vgprs = [int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", assembly)]
+    if not vgprs:
+        raise ValueError("no .vgpr_count in the assembly")
+    scratch = [int(n) for n in re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly)]
+    return max(vgprs), max(scratch, default=0)
+
+
+def instruction_mix(cubin: bytes) -> dict[str, int]:
+    """Static counts of the instructions of interest in a cubin."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+    counts = {
+        name: sum(re.match(pattern, op) is not None for op in opcodes) for name, pattern in INSTRUCTIONS.items()
+    }
+    counts["total"] = len(opcodes)
+    return counts
+
+
+def occupancy(registers: int, threads: int, shared: int, target: str) -> float:
+    """Share of a multiprocessor's threads that can be resident, by registers and shared memory."""
+    max_threads, max_blocks = MAX_RESIDENT[target]
+    per_thread = -(-registers // 8) * 8
+    blocks = min(
+        REGISTER_FILE // (per_thread * threads),
+        # 1 KiB of each block's shared memory is the system's; the pool is one block's limit and that KiB.
+        (SHARED_LIMIT[target] + 1024) // (shared + 1024),
+        max_threads // threads,
+        max_blocks,
+    )
+    return blocks * threads / max_threads
+
+
+def measure_one(module: str, name: str, target: str) -> Resources:
+    """Compile one spec and read what it takes. Never raises: a failure is in ``error``."""
+    started = time.perf_counter()
+    result = Resources(name, module, "", target)
+    try:
+        spec = specs_of(module)[name]
+        result.kernel = spec.kernel.__name__
+        compiled, log = compile_spec(spec, target)
+        result.shared = int(compiled.metadata.shared)
+        if target.startswith("sm_"):
+            result.threads = 32 * int(compiled.metadata.num_warps)
+            result.registers, result.spill_stores, result.spill_loads = ptxas_usage(log)
+            result.instructions = instruction_mix(compiled.asm["cubin"])
+            result.occupancy = occupancy(result.registers, result.threads, result.shared, target)
+        else:
+            result.threads = 64 * int(compiled.metadata.num_warps)
+            result.registers, result.spill_stores = amdgcn_usage(compiled.asm["amdgcn"])
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {str(error)[:2000]}"
+    result.seconds = round(time.perf_counter() - started, 3)
+    return result
+
+
+def _enter_worker() -> None:
+    # A cache of its own: nothing that a run leaves behind can be mistaken for another run's result.
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="resources-")
+
+
+def measure(modules: Iterable[str], targets: Iterable[str], jobs: int = 2) -> list[Resources]:
+    """Compile every spec of ``modules`` for every target, in ``jobs`` processes.
+
+    A compiler that crashes takes its process along; what was left is then compiled one process at a time, so that
+    the crash is charged to the spec that caused it.
+    """
+    tasks = [(module, name, target) for module in modules for name in specs_of(module) for target in targets]
+    results: dict[tuple[str, str, str], Resources] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_enter_worker) as pool:
+        futures = {task: pool.submit(measure_one, *task) for task in tasks}
+        for task, future in futures.items():
+            with contextlib.suppress(BrokenProcessPool):
+                results[task] = future.result()
+    for task in tasks:
+        if task not in results:
+            with ProcessPoolExecutor(1, mp_context=context, initializer=_enter_worker) as pool:
+                try:
+                    results[task] = pool.submit(measure_one, *task).result()
+                except BrokenProcessPool:
+                    results[task] = Resources(task[1], task[0], "", task[2], error="the compiler crashed")
+    return [results[task] for task in tasks]
+
+
+def table(results: list[Resources]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| spec | target | registers | spills | shared | occupancy | 16-byte loads, stores | MMA | total | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        if r.error:
+            lines.append(
+                f"| {r.spec} | {r.target} | **{r.error.splitlines()[0][:120]}** | | | | | | | {r.seconds:.1f} |"
+            )
+            continue
+        mix = r.instructions
+        loads = mix.get("ldg_128", 0) + mix.get("ldgsts_128", 0) + mix.get("tma_load", 0)
+        mma = mix.get("hmma", 0) + mix.get("hgmma", 0) + mix.get("tcgen05_mma", 0)
+        occupied = "" if r.occupancy is None else f"{r.occupancy:.0%}"
+        lines.append(
+            f"| {r.spec} | {r.target} | {r.registers} | {r.spill_stores}/{r.spill_loads} | {r.shared} | {occupied} | "
+            f"{loads}, {mix.get('stg_128', 0)} | {mma} | {mix.get('total', 0)} | {r.seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--modules", default="", help="kernel modules, comma separated; all by default")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args(argv)
+    import triton
+
+    targets = [target for target in args.targets.split(",") if target]
+    modules = [module for module in args.modules.split(",") if module] or kernel_modules()
+    started = time.perf_counter()
+    results = measure(modules, targets, args.jobs)
+    if args.out:
+        report = {
+            "triton": triton.__version__,
+            "kernels_defined": kernels_defined(),
+            "results": [asdict(result) for result in results],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        args.out.write_text(json.dumps(report, indent=1))
+    print(table(results))
+    return int(any(result.error for result in results))
+
+
+if __name__ == "__main__":
+    # The interpreter's kernels cannot be compiled, and Triton decides when it is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())

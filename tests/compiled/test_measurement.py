@@ -1,0 +1,111 @@
+"""The measurement sees what it must: spills, narrow loads, kernels that do not compile, a compiler that crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import resources
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    # TRITON_INTERPRET stays in the environment: the command must cope with it.
+    return subprocess.run(
+        [sys.executable, "-m", "bench.resources", *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
+    )
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    out = tmp_path_factory.mktemp("toys") / "toys.json"
+    done = run("--modules", "tests.compiled.toy_kernels", "--targets", "sm_90,gfx942", "--out", str(out))
+    assert done.returncode == 1, done.stderr  # some of the toys are broken
+    return {(r["spec"], r["target"]): r for r in json.loads(out.read_text())["results"]}
+
+
+def test_a_good_kernel(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    result = toys["scale[aligned]", "sm_90"]
+    assert result["error"] is None
+    assert 16 <= result["registers"] <= 64
+    assert (result["spill_stores"], result["spill_loads"]) == (0, 0)
+    assert result["threads"] == 128
+    assert result["occupancy"] == 1.0
+    assert result["instructions"]["ldg_128"] >= 1
+    assert result["instructions"]["stg_128"] >= 1
+    assert result["instructions"]["total"] > 30
+
+
+def test_loads_of_unaligned_rows_are_seen_to_be_narrow(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    instructions = toys["scale[unaligned]", "sm_90"]["instructions"]
+    assert instructions["ldg_128"] == 0
+    assert instructions["stg_128"] == 0
+
+
+def test_spills_are_seen(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    result = toys["spilling", "sm_90"]
+    assert result["registers"] == 255
+    assert result["spill_stores"] > 0
+    assert result["spill_loads"] > 0
+    assert result["instructions"]["stl"] > 0
+    assert result["instructions"]["hgmma"] > 0
+
+
+def test_amd_code_is_measured(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    result = toys["scale[aligned]", "gfx942"]
+    assert result["error"] is None
+    assert result["threads"] == 256
+    assert 4 <= result["registers"] <= 64
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert "no_such_name" in toys["broken", "sm_90"]["error"]
+
+
+def test_a_spec_that_forgets_arguments_is_an_error(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    error = toys["incomplete", "sm_90"]["error"]
+    assert "not given: y_ptr, factor_ptr, bias, stride" in error
+
+
+def test_a_crash_is_charged_to_the_spec_that_caused_it(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    crashed = [key for key, result in toys.items() if result["error"] == "the compiler crashed"]
+    assert sorted(crashed) == [("crashing", "gfx942"), ("crashing", "sm_90")]
+
+
+def test_two_specs_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.compiled import toy_kernels
+
+    twice = toy_kernels.compile_specs()[:1] * 2
+    monkeypatch.setattr(toy_kernels, "compile_specs", lambda: twice)
+    with pytest.raises(ValueError, match=r"two specs are named 'scale\[aligned\]'"):
+        resources.specs_of("tests.compiled.toy_kernels")
+
+
+def test_an_unknown_target_is_named() -> None:
+    with pytest.raises(ValueError, match="got 'volta'"):
+        resources.gpu_target("volta")
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "target", "expected"),
+    [
+        (32, 128, 0, "sm_90", 1.0),
+        (64, 256, 0, "sm_90", 0.5),
+        (65, 256, 0, "sm_90", 0.375),  # rounded up to 72 registers: three blocks
+        (255, 256, 0, "sm_90", 0.125),
+        (32, 256, 113 * 1024, "sm_90", 0.25),  # two blocks' shared memory
+        (32, 256, 200 * 1024, "sm_80", 0.0),  # does not fit at all
+        (32, 32, 0, "sm_86", 16 * 32 / 1536),  # sixteen blocks at most
+    ],
+)
+def test_occupancy(registers: int, threads: int, shared: int, target: str, expected: float) -> None:
+    assert resources.occupancy(registers, threads, shared, target) == pytest.approx(expected)
