@@ -13,13 +13,18 @@ def keep_from_bits(bits, p):
 
 
 @triton.jit
-def row_keep_mask(seed, row, COLUMNS: tl.constexpr):
-    """Random words of one row of ``embed``: (COLUMNS,) uint32, element c from word c % 4 of counter c // 4.
+def row_keep_mask(seed, rows, first_column, p, COLUMNS: tl.constexpr):
+    """Dropout mask of a tile of ``embed``: (R, COLUMNS) bool, True where the element survives.
 
-    ``row`` is an int64 scalar. COLUMNS is a multiple of 4.
+    Element (r, c) uses word c % 4 of counter (c // 4, r's low half, r's high half): one Philox call serves four
+    neighbours. ``rows`` is (R,) int64, ``first_column`` and COLUMNS are multiples of 4.
     """
-    c0 = tl.arange(0, COLUMNS // 4)
-    c1 = tl.zeros_like(c0) + (row & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
-    c2 = tl.zeros_like(c0) + (row >> 32).to(tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0), ROUNDS)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    group = first_column // 4 + tl.arange(0, COLUMNS // 4)
+    zero = tl.zeros((rows.shape[0], COLUMNS // 4), dtype=tl.uint32)
+    c0 = zero + group.to(tl.uint32)[None, :]
+    c1 = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    c2 = zero + (rows >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, zero, ROUNDS)
+    even = tl.interleave(keep_from_bits(w0, p), keep_from_bits(w2, p))
+    odd = tl.interleave(keep_from_bits(w1, p), keep_from_bits(w3, p))
+    return tl.interleave(even, odd)

@@ -1,0 +1,456 @@
+"""Input embeddings in one pass: y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])).
+
+``embed_fwd_kernel`` gathers, adds, normalises, drops and writes each row once; grid (N / BLOCK_N, column chunks).
+``embed_bwd_kernel`` turns the gradient of y into the gradient of the summed row, which is that of every table's row,
+and adds up the gradients of the norm's weight and bias; grid (programs, column chunks), a program walks every
+programs-th tile of rows. Nothing of size N·D is saved between the two: the rows are gathered again, x-hat comes from
+the saved mean and rstd, and the dropout mask from its seed.
+
+Bytes (e = element size; rows met again come from the caches): forward N·D·e of W read at most, N·D·e written;
+backward N·D·e of gradient and at most N·D·e of W read, N·D·e written. Both are bound by memory.
+
+With a norm, a row fits one tile up to ``WIDEST`` columns. Beyond that, and without a norm beyond ``CHUNK``, columns
+are cut into chunks, and a first kernel computes the per-row sums that the norm needs (``embed_stats_kernel``,
+``embed_projection_kernel``).
+
+Sums over rows are deterministic: a program adds its rows in order and stores one partial row, and
+``embed_bwd_reduce_kernel`` adds the partial rows in order. No atomics.
+
+Addresses are 64-bit; n < 2**31. Each kernel's twelve arguments from ``ids_ptr`` to ``type_period`` are the tables.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from embedkernels.kernels.ids import report_bad_id
+from embedkernels.kernels.random import row_keep_mask
+from embedkernels.kernels.specs import CompileSpec
+
+WIDEST = 8192
+CHUNK = 2048
+# Programs of the backward kernel when every one leaves a partial row of the norm's gradients: enough to cover the
+# memory's latency, few enough that the partial rows stay small beside the gradient itself.
+PROGRAMS_PER_SM = 4
+TILES_PER_PROGRAM = 2
+# What may change from launch to launch without a new compilation.
+VARYING = ("n", "token_rows", "position_rows", "position_start", "position_period", "type_rows", "type_period")
+
+
+@triton.jit
+def _table(table_ptr, table_rows, ids, live, rows, columns, errors, D: tl.constexpr, TABLE: tl.constexpr,
+           REPORT: tl.constexpr):  # fmt: skip
+    """(BLOCK_N, BLOCK_D) fp32 rows of a table; an id out of range is never used as an address and gives zeros."""
+    known = live & (ids >= 0) & (ids < table_rows)
+    if REPORT:
+        # Every chunk of a row meets the same ids: the first one reports.
+        bad = live & (known == 0) & (tl.program_id(1) == 0)
+        report_bad_id(bad, ids, rows, table_rows, TABLE, errors[0], errors[1])
+    at = table_ptr + ids[:, None] * D + columns[None, :]
+    return tl.load(at, mask=known[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _summed_rows(rows, live, columns, tables, errors, D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+                 REPORT: tl.constexpr):  # fmt: skip
+    """(W[ids] + T[type_ids]) + P[position_ids] of a tile, in fp32.
+
+    POSITION and TYPE: 0 no such table, 1 implicit ids (position_start + s; type 0), 2 ids from memory. Ids that are
+    the same in every sequence are stored once: row r uses number r % period. ``errors`` is (flag_ptr, record_ptr).
+    """
+    (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+     position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period) = tables  # fmt: skip
+    ids = tl.load(ids_ptr + rows, mask=live, other=0).to(tl.int64)
+    x = _table(weight_ptr, token_rows, ids, live, rows, columns, errors, D, 0, REPORT)
+    if TYPE == 1:
+        x += tl.load(type_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    if TYPE == 2:
+        ids = tl.load(type_ids_ptr + rows.to(tl.int32) % type_period, mask=live, other=0).to(tl.int64)
+        x += _table(type_weight_ptr, type_rows, ids, live, rows, columns, errors, D, 2, REPORT)
+    if POSITION == 1:
+        ids = position_start + (rows.to(tl.int32) % position_period).to(tl.int64)
+        x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, False)
+    if POSITION == 2:
+        ids = tl.load(position_ids_ptr + rows.to(tl.int32) % position_period, mask=live, other=0).to(tl.int64)
+        x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, REPORT)
+    return x
+
+
+@triton.jit(do_not_specialize=VARYING)
+def embed_stats_kernel(
+    mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows,
+    position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, n, eps,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1/std of summed rows wider than a tile: one walk for the mean, one for the centred squares."""
+    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n
+    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        total += _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+    mean = tl.sum(total, axis=1) / D
+    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+        centred = tl.where((columns < D)[None, :], x - mean[:, None], 0.0)
+        squares += centred * centred
+    tl.store(mean_ptr + rows, mean, mask=live)
+    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps), mask=live)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def embed_fwd_kernel(
+    out_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr,
+    position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, n,
+    norm_weight_ptr, norm_bias_ptr, eps, seed_ptr, p, scale, flag_ptr, record_ptr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One tile of y. Mean and rstd are written with it, or read where WIDE."""
+    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n
+    first = tl.program_id(1) * BLOCK_D
+    columns = first + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    y = _summed_rows(rows, live, columns, tables, (flag_ptr, record_ptr), D, POSITION, TYPE, True)
+    if NORM:
+        if WIDE:
+            mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
+            rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+            y = (y - mean[:, None]) * rstd[:, None]
+        else:
+            mean = tl.sum(y, axis=1) / D
+            y = tl.where(inside[None, :], y - mean[:, None], 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) / D + eps)
+            y = y * rstd[:, None]
+            tl.store(mean_ptr + rows, mean, mask=live)
+            tl.store(rstd_ptr + rows, rstd, mask=live)
+        if WEIGHT:
+            y *= tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if BIAS:
+            y += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if DROPOUT:
+        keep = row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D)
+        y = tl.where(keep, y * scale, 0.0)
+    at = out_ptr + rows[:, None] * D + columns[None, :]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit
+def _upstream(
+    grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the norm's output: that of y, through the dropout mask drawn again."""
+    at = grad_ptr + rows[:, None] * D + columns[None, :]
+    grad = tl.load(at, mask=live[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
+    if DROPOUT:
+        keep = row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D)
+        grad = tl.where(keep, grad * scale, 0.0)
+    return grad
+
+
+@triton.jit(do_not_specialize=VARYING)
+def embed_projection_kernel(
+    projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr,
+    position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows,
+    type_period, n, norm_weight_ptr, seed_ptr, p, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+    WEIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """For rows wider than a tile, with g = grad·weight: projection[0] = mean(g·x-hat), projection[1] = mean(g)."""
+    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n
+    mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+    along = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    level = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)
+        grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D, BLOCK_D, DROPOUT)
+        x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+        if WEIGHT:
+            grad *= tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        along += grad * ((x - mean[:, None]) * rstd[:, None])
+        level += grad
+    tl.store(projection_ptr + rows, tl.sum(along, axis=1) / D, mask=live)
+    tl.store(projection_ptr + n + rows, tl.sum(level, axis=1) / D, mask=live)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def embed_bwd_kernel(
+    grad_rows_ptr, partial_ptr, projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows,
+    position_ids_ptr, position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr,
+    type_weight_ptr, type_rows, type_period, n, norm_weight_ptr, seed_ptr, p, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NEED_ROWS: tl.constexpr,
+    NEED_NORM: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the summed rows, and this program's part of the gradients of the norm's weight and bias.
+
+    With x-hat = (x - mean)·rstd and g = grad·weight: dx = rstd·(g - x-hat·mean(g·x-hat) - mean(g)), and over the
+    rows dweight = Σ grad·x-hat, dbias = Σ grad.
+    """
+    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    first = tl.program_id(1) * BLOCK_D
+    columns = first + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    weight_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    bias_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.num_programs(0)):
+        rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = rows < n
+        grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D, BLOCK_D, DROPOUT)
+        if NORM:
+            mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
+            rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+            x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+            # Beyond the last row or column x-hat is arbitrary, but grad is zero there and multiplies it everywhere.
+            x_hat = (x - mean[:, None]) * rstd[:, None]
+            if NEED_NORM:
+                weight_sum += grad * x_hat
+                bias_sum += grad
+            if NEED_ROWS:
+                if WEIGHT:
+                    grad *= tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+                if WIDE:
+                    along = tl.load(projection_ptr + rows, mask=live, other=0.0)
+                    level = tl.load(projection_ptr + n + rows, mask=live, other=0.0)
+                else:
+                    along = tl.sum(grad * x_hat, axis=1) / D
+                    level = tl.sum(grad, axis=1) / D
+                grad = (grad - x_hat * along[:, None] - level[:, None]) * rstd[:, None]
+        if NEED_ROWS:
+            at = grad_rows_ptr + rows[:, None] * D + columns[None, :]
+            tl.store(at, grad.to(grad_rows_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    if NEED_NORM:
+        at = partial_ptr + tl.program_id(0).to(tl.int64) * (2 * D) + columns
+        tl.store(at, tl.sum(weight_sum, axis=0), mask=inside)
+        tl.store(at + D, tl.sum(bias_sum, axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def embed_bwd_reduce_kernel(
+    norm_weight_grad_ptr, norm_bias_grad_ptr, partial_ptr, programs, D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Sum of the programs' partial rows (programs, 2, D) in a fixed order; grid (D / BLOCK_D, 2)."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    which = tl.program_id(1)
+    total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        at = partial_ptr + part[:, None].to(tl.int64) * (2 * D) + which * D + columns[None, :]
+        total += tl.load(at, mask=(part < programs)[:, None] & inside[None, :], other=0.0)
+    grad = tl.sum(total, axis=0)
+    if WEIGHT:
+        at = norm_weight_grad_ptr + columns
+        tl.store(at, grad.to(norm_weight_grad_ptr.dtype.element_ty), mask=inside & (which == 0))
+    if BIAS:
+        at = norm_bias_grad_ptr + columns
+        tl.store(at, grad.to(norm_bias_grad_ptr.dtype.element_ty), mask=inside & (which == 1))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How rows are cut: rows and columns of a tile, warps, and whether a row takes several tiles."""
+
+    block_n: int
+    block_d: int
+    num_warps: int
+    chunks: int
+
+
+@functools.cache
+def tile(width: int, norm: bool, backward: bool) -> Tile:
+    """The tile of a row width. The backward kernel holds two running sums beside the row, hence more warps."""
+    block = max(16, triton.next_power_of_2(width))
+    if block > (WIDEST if norm else CHUNK):
+        return Tile(1, CHUNK, 8, triton.cdiv(width, CHUNK))
+    if block <= 2048:
+        return Tile(2048 // block, block, 8 if backward else 4, 1)
+    return Tile(1, block, min(16, block // 512), 1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both kernels gather from. Tables are contiguous; ids are flat, position and type ids of N or S elements.
+
+    A table without ids has implicit ones: positions position_start + s, type 0.
+    """
+
+    ids: Tensor
+    weight: Tensor
+    position_weight: Tensor | None
+    position_ids: Tensor | None
+    position_start: int
+    length: int
+    type_weight: Tensor | None
+    type_ids: Tensor | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The kernels' arguments from ``ids_ptr`` to ``type_period``; absent tensors are stood in for."""
+        position_weight = self.weight if self.position_weight is None else self.position_weight
+        position_ids = self.ids if self.position_ids is None else self.position_ids
+        type_weight = self.weight if self.type_weight is None else self.type_weight
+        type_ids = self.ids if self.type_ids is None else self.type_ids
+        period = self.length if self.position_ids is None else self.position_ids.numel()
+        return (
+            self.ids, self.weight, self.weight.shape[0], position_ids, position_weight, position_weight.shape[0],
+            self.position_start, period, type_ids, type_weight, type_weight.shape[0], type_ids.numel(),
+        )  # fmt: skip
+
+    def flags(self) -> dict[str, int]:
+        def kind(table: Tensor | None, ids: Tensor | None) -> int:
+            return 0 if table is None else 1 if ids is None else 2
+
+        return {
+            "D": self.weight.shape[1],
+            "POSITION": kind(self.position_weight, self.position_ids),
+            "TYPE": kind(self.type_weight, self.type_ids),
+        }
+
+
+def dropout_scale(p: float) -> float:
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def embed_forward(
+    inputs: Inputs, out: Tensor, norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    dropout_p: float, seed: Tensor | None, errors: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill ``out`` (N, D); returns the rows' mean and rstd, fp32 (N), empty without a norm."""
+    n = inputs.ids.numel()
+    t = tile(inputs.weight.shape[1], norm, False)
+    mean, rstd = (torch.empty(n if norm else 0, dtype=torch.float32, device=out.device) for _ in range(2))
+    grid = (triton.cdiv(n, t.block_n), t.chunks)
+    common = {**inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1}
+    if norm and t.chunks > 1:
+        embed_stats_kernel[grid[:1]](mean, rstd, *inputs.arguments(), n, eps, **common)
+    embed_fwd_kernel[grid](
+        out, mean, rstd, *inputs.arguments(), n,
+        inputs.weight if norm_weight is None else norm_weight, inputs.weight if norm_bias is None else norm_bias,
+        eps, inputs.ids if seed is None else seed, dropout_p, dropout_scale(dropout_p), *errors,
+        NORM=norm, WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, DROPOUT=dropout_p > 0.0,
+        WIDE=t.chunks > 1, **common,
+    )  # fmt: skip
+    return mean, rstd
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # Interpreted, a few programs are enough to have partial rows to add.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def embed_backward(
+    inputs: Inputs, grad: Tensor, norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout_p: float, seed: Tensor | None, need_rows: bool, need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the summed rows (N, D) in the tables' dtype and of the norm's weight and bias in their own.
+
+    ``grad`` is (N, D), contiguous. What is not needed or not there comes back empty.
+    """
+    n, width = inputs.ids.numel(), inputs.weight.shape[1]
+    device = grad.device
+    t = tile(width, norm, True)
+    tiles = triton.cdiv(n, t.block_n)
+    programs = tiles
+    if need_norm:
+        most = max(1, _multiprocessors(device) * PROGRAMS_PER_SM // t.chunks)
+        programs = min(most, triton.cdiv(tiles, TILES_PER_PROGRAM))
+    grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
+    partial = torch.empty((programs if need_norm else 0, 2, width), dtype=torch.float32, device=device)
+    projected = norm and need_rows and t.chunks > 1
+    projection = torch.empty((2, n if projected else 0), dtype=torch.float32, device=device)
+    tables = inputs.arguments()
+    weight = inputs.weight if norm_weight is None else norm_weight
+    dropout = (inputs.ids if seed is None else seed, dropout_p, dropout_scale(dropout_p))
+    common = {
+        **inputs.flags(), "WEIGHT": norm_weight is not None, "DROPOUT": dropout_p > 0.0, "BLOCK_N": t.block_n,
+        "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1,
+    }  # fmt: skip
+    if projected:
+        embed_projection_kernel[(tiles,)](projection, grad, mean, rstd, *tables, n, weight, *dropout, **common)
+    embed_bwd_kernel[(programs, t.chunks)](
+        grad_rows, partial, projection, grad, mean, rstd, *tables, n, weight, *dropout,
+        NORM=norm, WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
+    )  # fmt: skip
+    none = inputs.weight.new_empty(0)
+    weight_grad, bias_grad = (
+        torch.empty_like(p) if need_norm and p is not None else none for p in (norm_weight, norm_bias)
+    )
+    if need_norm:
+        block = 16
+        embed_bwd_reduce_kernel[(triton.cdiv(width, block), 2)](
+            weight_grad, bias_grad, partial, programs, D=width, BLOCK_P=128, BLOCK_D=block,
+            WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, num_warps=4,
+        )  # fmt: skip
+    return grad_rows, weight_grad, bias_grad
+
+
+_POINTERS = {
+    "out_ptr": "x", "grad_ptr": "x", "grad_rows_ptr": "x", "weight_ptr": "x", "position_weight_ptr": "x",
+    "type_weight_ptr": "x", "norm_weight_ptr": "x", "norm_bias_ptr": "x", "norm_weight_grad_ptr": "x",
+    "norm_bias_grad_ptr": "x", "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32",
+    "ids_ptr": "i64", "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32",
+    "record_ptr": "i64",
+}  # fmt: skip
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Every tile with all tables, ids from memory, norm and dropout; token ids alone for the widest rows."""
+    specs = []
+
+    def add(kernel: Any, dtype: str, label: str, num_warps: int, **constexprs: Any) -> None:
+        signature = {}
+        for name in kernel.arg_names:
+            if name.endswith("_ptr"):
+                signature[name] = "*" + _POINTERS[name].replace("x", dtype)
+            elif name not in kernel_constexprs(kernel):
+                signature[name] = "fp32" if name in ("eps", "p", "scale") else "i32"
+        flags = {name: constexprs.get(name, True) for name in kernel_constexprs(kernel)}
+        specs.append(
+            CompileSpec(
+                f"{kernel.__name__}[d{constexprs['D']},{label}{dtype}]", kernel, signature, flags, num_warps, 1,
+                frozenset(name for name in signature if name.endswith("_ptr")),
+            )
+        )  # fmt: skip
+
+    for dtype in ("bf16", "fp32"):
+        for width in (64, 384, 768, 1024, 2048, 4096, 8192, 16384):
+            for backward in (False, True):
+                t = tile(width, True, backward)
+                common = {
+                    "D": width, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": 2, "TYPE": 2,
+                    "WIDE": t.chunks > 1,
+                }  # fmt: skip
+                main, extra = (
+                    (embed_bwd_kernel, embed_projection_kernel) if backward else (embed_fwd_kernel, embed_stats_kernel)
+                )
+                add(main, dtype, "", t.num_warps, **common)
+                if t.chunks > 1:
+                    add(extra, dtype, "", t.num_warps, **common)
+            add(embed_bwd_reduce_kernel, dtype, "", 4, D=width, BLOCK_P=128, BLOCK_D=16)
+    return specs
+
+
+def kernel_constexprs(kernel: Any) -> list[str]:
+    return [parameter.name for parameter in kernel.params if parameter.is_constexpr]

@@ -1,0 +1,105 @@
+"""Input embeddings in plain PyTorch: the specification of ``embed``, and its torch backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedkernels.reference.random import row_keep_mask
+
+
+class Lookup(Protocol):
+    """``lookup(ids, weight, padding_idx=...)`` gives weight[ids], with no gradient for the row ``padding_idx``."""
+
+    def __call__(self, input: Tensor, weight: Tensor, /, *, padding_idx: int | None = None) -> Tensor: ...
+
+
+def embed(
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    position_weight: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    position_start: int = 0,
+    type_weight: Tensor | None = None,
+    type_ids: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
+    lookup: Lookup = F.embedding,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])), op by op in the order of Hugging Face's BERT.
+
+    The arguments are those of :func:`embedkernels.embed`, and two more:
+
+    Args:
+        lookup: how rows are taken from a table.
+        seed: the dropout mask is that of ``reference.random.row_keep_mask``; None draws it with ``F.dropout``.
+
+    Returns:
+        (*ids.shape, D).
+    """
+    y = lookup(ids, weight, padding_idx=padding_idx)
+    if type_weight is not None:
+        if type_ids is None:
+            type_ids = torch.zeros((1,) * ids.dim(), dtype=torch.int64, device=ids.device)
+        y = y + lookup(type_ids, type_weight)
+    if position_weight is not None:
+        if position_ids is None:
+            length = ids.shape[-1] if ids.dim() else 1
+            position_ids = torch.arange(position_start, position_start + length, device=ids.device)
+            position_ids = position_ids.reshape(ids.shape[-1:])
+        y = y + lookup(position_ids, position_weight, padding_idx=position_padding_idx)
+    if norm is not None:
+        y = _layer_norm(y, norm_weight, norm_bias, norm_eps)
+    if dropout_p > 0.0:
+        y = F.dropout(y, dropout_p) if seed is None else _seeded_dropout(y, dropout_p, seed)
+    return y
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    shape = x.shape[-1:]
+    parameter = weight if weight is not None else bias
+    if parameter is None or parameter.dtype == x.dtype:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    # fp32 parameters over 16-bit tables: not every device takes the mixture.
+    return F.layer_norm(x.to(parameter.dtype), shape, weight, bias, eps).to(x.dtype)
+
+
+def _seeded_dropout(x: Tensor, p: float, seed: Tensor | int) -> Tensor:
+    width = x.shape[-1]
+    keep = row_keep_mask(seed, x.numel() // max(width, 1), width, p, x.device).reshape(x.shape)
+    scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    return torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def positions_from_padding(ids: Tensor, padding_idx: int, past_length: int = 0) -> Tensor:
+    """RoBERTa's position ids: the count of non-padding ids so far, plus ``padding_idx``; padding keeps padding_idx.
+
+    p[..., s] = padding_idx + (past_length + #{t <= s : ids[..., t] != padding_idx}) where ids[..., s] is not padding.
+    Equal to Hugging Face's ``RobertaEmbeddings.create_position_ids_from_input_ids``. Does not wait for the device.
+
+    Args:
+        ids: int32 or int64, (..., S).
+        padding_idx: the id of the padding token.
+        past_length: number of tokens before these, for decoding with a cache.
+
+    Returns:
+        int64, the shape of ``ids``.
+
+    Example:
+        >>> import torch
+        >>> positions_from_padding(torch.tensor([[5, 7, 9, 1, 1]]), padding_idx=1)
+        tensor([[2, 3, 4, 1, 1]])
+    """
+    real = ids.ne(padding_idx).int()
+    count = torch.cumsum(real, dim=-1).type_as(real)
+    return ((count + past_length) * real).long() + padding_idx
