@@ -1,0 +1,176 @@
+"""The attention implementation ``"embedkernels"`` of transformers: an attention function and a mask function.
+
+Importing this module registers both, after which ``model.set_attn_implementation("embedkernels")`` works for every
+model that takes its attention from transformers' AttentionInterface. A call that the kernels take exactly (no mask or
+a key mask, causal or not, grouped queries, dropout) goes to :func:`embedkernels.attention`; any other goes to
+transformers' own SDPA function with the mask it expects, or is refused where that function would ignore an argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from embedkernels.hf import masks
+
+NAME = "embedkernels"
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with the signature that transformers calls.
+
+    Args:
+        module: the attention module; its ``is_causal`` counts if the argument is None.
+        query: (B, H, Sq, D). key, value: (B, Hkv, Sk, D), H a multiple of Hkv.
+        attention_mask: None, a compact mask of ``embedkernels.hf.masks``, or a 4-D mask as for SDPA.
+        dropout: probability, already 0 outside training.
+        scaling: factor of the scores; None for 1/sqrt(D).
+        is_causal: overrides the module's; ignored if there is a mask or only one query, as in transformers.
+        **kwargs: ``position_bias`` and ``cu_seq_lens_q``/``cu_seq_lens_k`` are honoured.
+
+    Returns:
+        (B, Sq, H, D) and None for the weights.
+
+    Raises:
+        ValueError: for an argument that neither the kernels nor SDPA honour (``softcap``, ``s_aux``, or
+            ``sliding_window`` without a mask that contains it).
+    """
+    _refuse(kwargs, attention_mask, key.shape[2])
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if (
+        attention_mask is not None
+        and attention_mask.dim() == 2
+        and not masks.understood(getattr(module, "config", None))
+    ):
+        # Not one of ours: a mask of (Sq, Sk), which SDPA broadcasts.
+        attention_mask = attention_mask[None, None]
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+        attention_mask = _packed(kwargs, query, key, attention_mask, causal)
+    if _kernels_take(query, key, value, attention_mask, kwargs):
+        return _run(query, key, value, attention_mask, dropout, scaling, causal), None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = masks.causal_keys_to_dense(attention_mask, query.shape[2])
+    out: tuple[Tensor, None] = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+    return out
+
+
+def _refuse(kwargs: dict[str, Any], mask: Tensor | None, kv_length: int) -> None:
+    """ValueError for an argument that would be ignored."""
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"attention implementation {NAME!r} does not support {name}: "
+                'use model.set_attn_implementation("eager") for this model'
+            )
+    window = kwargs.get("sliding_window")
+    if window is not None and mask is None and kv_length > window:
+        raise ValueError(
+            f"attention implementation {NAME!r} got sliding_window={window} for {kv_length} keys without a mask that "
+            'contains the window: pass such a mask, or use model.set_attn_implementation("eager")'
+        )
+
+
+def _packed(kwargs: dict[str, Any], query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The dense mask for sequences packed into one row, whose ends the keywords give."""
+    of_q, of_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    of_q, of_k = (of_k if of_q is None else of_q), (of_q if of_k is None else of_k)
+    q_length, kv_length = query.shape[2], key.shape[2]
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"attention implementation {NAME!r} takes cu_seq_lens_q/cu_seq_lens_k for sequences packed into one row, "
+            f"got a batch of {query.shape[0]}: pack them into one row, or pass an attention_mask instead"
+        )
+    if causal and mask is None and q_length != kv_length:
+        raise ValueError(
+            f"attention implementation {NAME!r} got cu_seq_lens_q for {q_length} queries and cu_seq_lens_k for "
+            f"{kv_length} keys in causal attention: pass a 4-D attention_mask instead"
+        )
+    if mask is not None and mask.dim() == 2:
+        mask = masks.causal_keys_to_dense(mask, q_length)
+    return masks.packed_to_dense(mask, of_q, of_k, q_length, kv_length, causal and q_length > 1)
+
+
+def _kernels_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is one that the kernels compute exactly, on a device where they run."""
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None or torch.jit.is_tracing():
+        return False
+    if query.shape[-1] != value.shape[-1] or not 16 <= query.shape[-1] <= 128 or query.dtype not in _KERNEL_DTYPES:
+        return False
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            return False
+        batch, keys = query.shape[0], key.shape[2]
+        if mask.dim() != 2 and (mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, 1, keys)):
+            return False
+    return masks.attention_backend(query.device) == "triton"
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+) -> Tensor:
+    from embedkernels.ops.attention import attention
+
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # SDPA is on autocast's list of ops that run in the lower precision.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    q_length, kv_length = query.shape[2], key.shape[2]
+    key_mask, offset = None, 0
+    if mask is None:
+        causal = causal and q_length > 1
+        if causal and kv_length > q_length:
+            # The first forward on an empty static cache: the keys behind the queries are not written yet.
+            key, value = key[:, :, :q_length], value[:, :, :q_length]
+    elif mask.dim() == 2:
+        key_mask, causal, offset = mask, True, kv_length - q_length
+    else:
+        key_mask, causal = mask[:, 0, 0, :].expand(query.shape[0], -1), False
+    out = attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        key_mask=key_mask,
+        query_offset=offset,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, masks.attention_mask)

@@ -1,0 +1,297 @@
+"""The subclasses that patched modules become, made when they are first needed.
+
+A fused class has the name, module and qualified name of its stock class, so that ``repr``, ``architectures`` in a
+saved config, ``_no_split_modules``, FSDP wrap policies and the class names that transformers keeps registries of stay
+what they were. Instances are pickled as "the fused class of this stock class", which finds its way back through
+:func:`rebuild`. Nothing is added to the instance: unpatching is setting ``__class__`` back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embedkernels.hf import guards
+from embedkernels.hf.adapters import Adapter, adapter_for, supported
+
+STOCK = "_embedkernels_stock"
+ADAPTER = "_embedkernels_adapter"
+Forward = Callable[..., Any]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the class of ``module`` was made by :func:`fused_class`."""
+    return STOCK in type(module).__dict__
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, or the one that it had before it was patched."""
+    found: type[nn.Module] = type(module).__dict__.get(STOCK, type(module))
+    return found
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The row of the table for a stock or fused module."""
+    fused: Adapter | None = type(module).__dict__.get(ADAPTER)
+    return fused or adapter_for(type(module))
+
+
+def rebuild(stock: type[nn.Module]) -> nn.Module:
+    """An empty instance of the fused class of ``stock``: what pickle and deepcopy fill with the module's state."""
+    cls = fused_class(stock)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``stock`` whose forward is fused.
+
+    Args:
+        stock: nn.Embedding or the class of a row of the table.
+
+    Raises:
+        ValueError: for another class.
+    """
+    adapter = adapter_for(stock)
+    if adapter is None and stock is not nn.Embedding:
+        raise ValueError(f"no adapter for {stock.__module__}.{stock.__qualname__}; supported: {supported()}")
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        reduced = super(cls, self).__reduce_ex__(protocol)
+        return (rebuild, (stock,), *reduced[2:])
+
+    namespace: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        STOCK: stock,
+        ADAPTER: adapter,
+    }
+    if adapter is None:
+        from embedkernels.nn.embedding import FusedEmbedding
+
+        bases: tuple[type, ...] = (FusedEmbedding,)
+    else:
+        bases = (stock,)
+        namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward)
+    cls = type(stock.__name__, bases, namespace)
+    return cls
+
+
+def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]:
+    """A function from the arguments of a call to all of them by name; None for a call that stock would refuse."""
+    parameters = inspect.signature(stock_forward).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+
+    def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        if not args:
+            return kwargs
+        if len(args) > len(names):
+            return None
+        call = dict(zip(names, args, strict=False))
+        if any(name in call for name in kwargs):
+            return None
+        return {**call, **kwargs}
+
+    return by_name
+
+
+def _fits(ids: Tensor | None, input_ids: Tensor) -> bool:
+    """Whether ``ids`` is absent, or 2-D and broadcasts to the (B, S) of ``input_ids``."""
+    if ids is None:
+        return True
+    return ids.dim() == 2 and ids.shape[1] == input_ids.shape[1] and ids.shape[0] in (1, input_ids.shape[0])
+
+
+def _positions(past: Any, input_ids: Tensor) -> tuple[Tensor | None, int]:
+    """Position ids for S tokens after ``past``, and a start: ids are needed only where the past is on the device."""
+    if isinstance(past, Tensor):
+        count = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return (count + past.to(input_ids.device)).unsqueeze(0), 0
+    return None, past
+
+
+_STEM_ARGUMENTS = frozenset(
+    {"input_ids", "token_type_ids", "position_ids", "inputs_embeds", "past_key_values_length"}
+)
+
+
+def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
+    """Token + position (+ type) -> norm -> dropout in one op."""
+    by_name = _bound_by_name(stock_forward)
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = by_name(args, kwargs)
+        if call is None or not call.keys() <= _STEM_ARGUMENTS:
+            return stock_forward(self, *args, **kwargs)
+        input_ids = call.get("input_ids")
+        position_ids, type_ids = call.get("position_ids"), call.get("token_type_ids")
+        if (
+            input_ids is None
+            or call.get("inputs_embeds") is not None
+            or input_ids.dim() != 2
+            or not _fits(position_ids, input_ids)
+            or not _fits(type_ids, input_ids)
+        ):
+            return stock_forward(self, *args, **kwargs)
+        reason = guards.problem(self, adapter)
+        if reason is not None:
+            guards.warn_once(self, adapter, reason)
+            return stock_forward(self, *args, **kwargs)
+
+        start = 0
+        past = call.get("past_key_values_length", 0)
+        if position_ids is None and adapter.position_rule == "padding":
+            position_ids = self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past)
+        elif position_ids is None:
+            position_ids, start = _positions(past, input_ids)
+        return _embed(self, adapter, input_ids, position_ids, start, type_ids)
+
+    return forward
+
+
+def _embed(
+    module: Any, adapter: Adapter, ids: Tensor, position_ids: Tensor | None, start: int, type_ids: Tensor | None
+) -> Tensor:
+    from embedkernels.ops.embed import embed
+
+    parts = module._modules
+    tokens, positions = parts[adapter.tokens], parts[adapter.positions]
+    types = parts[adapter.types] if adapter.types else None
+    norm = parts[adapter.norm] if adapter.norm else None
+    dropout = parts[adapter.dropout]
+    if type_ids is not None and types is None:
+        type_ids = None
+    elif type_ids is not None and type_ids.shape != ids.shape:
+        type_ids = type_ids.expand(ids.shape)
+    return embed(
+        ids,
+        tokens.weight,
+        position_weight=positions.weight,
+        position_ids=position_ids,
+        position_start=start,
+        type_weight=None if types is None else types.weight,
+        type_ids=type_ids,
+        norm=None if norm is None else "layer",
+        norm_weight=None if norm is None else norm.weight,
+        norm_bias=None if norm is None else norm.bias,
+        norm_eps=1e-12 if norm is None else norm.eps,
+        dropout_p=dropout.p if dropout.training else 0.0,
+        padding_idx=tokens.padding_idx,
+        position_padding_idx=positions.padding_idx,
+    )
+
+
+def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
+    """Token + position -> dropout in one op at the start of a model's own forward.
+
+    The stock forward then runs as it is on ``inputs_embeds``, seeing the model through a :class:`_View` in which the
+    position lookup and the dropout have already been done.
+    """
+    by_name = _bound_by_name(stock_forward)
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # Inductor fuses the lookups, the addition and the dropout into one kernel by itself.
+            return stock_forward(self, *args, **kwargs)
+        call = by_name(args, kwargs)
+        if call is None:
+            return stock_forward(self, *args, **kwargs)
+        input_ids, position_ids = call.get("input_ids"), call.get("position_ids")
+        if (
+            input_ids is None
+            or call.get("inputs_embeds") is not None
+            or call.get("token_type_ids") is not None  # looked up in the token table, added after the positions
+            or input_ids.dim() != 2
+            or not _fits(position_ids, input_ids)
+        ):
+            return stock_forward(self, *args, **kwargs)
+        reason = guards.problem(self, adapter)
+        if reason is not None:
+            guards.warn_once(self, adapter, reason)
+            return stock_forward(self, *args, **kwargs)
+
+        self.warn_if_padding_and_no_attention_mask(input_ids, call.get("attention_mask"))
+        start = 0
+        if position_ids is None:
+            cache = call.get("past_key_values")
+            position_ids, start = _positions(0 if cache is None else cache.get_seq_length(), input_ids)
+        embeds = _embed(self, adapter, input_ids, position_ids, start, None)
+        view = _View(self, adapter)
+        output = stock_forward(view, **{**call, "input_ids": None, "inputs_embeds": embeds})
+        view.check()
+        return output
+
+    return forward
+
+
+class _AlreadyAdded:
+    """What the position lookup returns when the positions are already in the embeddings: x + this is x."""
+
+    def to(self, *args: Any, **kwargs: Any) -> _AlreadyAdded:  # noqa: ARG002
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("add", "__add__", "__radd__") and not kwargs and len(args) == 2:
+            return args[1] if isinstance(args[0], cls) else args[0]
+        return NotImplemented
+
+
+class _View:
+    """A model as its own stock forward sees it during one call: without position lookup and embedding dropout.
+
+    Everything else is the model's, attributes set included. One view serves one call, so nothing is shared between
+    threads and nothing is left behind by an exception.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self.__dict__.update(
+            _model=model,
+            _adapter=adapter,
+            _calls=[],
+            **{adapter.positions: self._add_nothing, adapter.dropout: self._pass},
+        )
+
+    def _add_nothing(self, position_ids: Tensor) -> _AlreadyAdded:  # noqa: ARG002
+        self._calls.append(self._adapter.positions)
+        return _AlreadyAdded()
+
+    def _pass(self, hidden_states: Tensor) -> Tensor:
+        self._calls.append(self._adapter.dropout)
+        return hidden_states
+
+    def check(self) -> None:
+        """RuntimeError unless the stock forward has called both parts once, in the expected order."""
+        expected = [self._adapter.positions, self._adapter.dropout]
+        if self._calls != expected:
+            import transformers
+
+            raise RuntimeError(
+                f"embedkernels: {self._adapter.cls}.forward of transformers {transformers.__version__} called "
+                f"{self._calls} where {expected} was expected, so its embeddings cannot be fused: use "
+                "patch(model, embeddings=False)"
+            )
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+
+_FORWARDS: dict[str, Callable[[Adapter, Forward], Forward]] = {"stem": _stem_forward, "inline": _inline_forward}
