@@ -1,0 +1,227 @@
+"""Who is compared: PyTorch eager, torch.compile, the backends of SDPA, Liger and FlagGems where installed, and ours.
+
+A rival prepares a case's inputs into two calls: ``forward`` (which saves what a backward needs) and ``training``
+(forward and backward, returning the output and every gradient by name, as the check wants them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import embedkernels as ek
+import embedkernels.ops.embedding_grad  # defines torch.ops.embedkernels.embedding_backward
+
+OPTIONAL = ("liger_kernel", "flag_gems")
+EPS = 1e-12  # of BERT's LayerNorm
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A rival's calls for one case; ``forward`` is None where the case has only a backward."""
+
+    forward: Callable[[], Any] | None
+    training: Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """``build(inputs, dropout)`` prepares the calls, or raises and says why this rival cannot.
+
+    ``ours`` is held to the project's own contract; a ``required`` one that cannot run is a failure of the suite.
+    """
+
+    name: str
+    build: Callable[[SimpleNamespace, float], Prepared]
+    ours: bool = False
+    required: bool = False
+
+
+def absent() -> list[str]:
+    """Rivals that are not installed here."""
+    return [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+
+
+def compiled(function: Callable[..., Any], tiny: bool) -> Callable[..., Any]:
+    """``torch.compile``, specialised on shapes. Dry runs trace and partition, but generate no code."""
+    torch._dynamo.config.recompile_limit = 64
+    backend = "aot_eager" if tiny else "inductor"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def differentiable(run: Callable[[], Tensor], leaves: dict[str, Tensor], upstream: Tensor) -> Prepared:
+    """Calls for ``run``, whose output gets the gradient ``upstream``; gradients are taken for ``leaves``."""
+
+    def training() -> dict[str, Tensor]:
+        out = run()
+        grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+        return {"out": out.detach(), **{f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+    return Prepared(run, training)
+
+
+def bert_stem(
+    ids: Tensor, types: Tensor, word: Tensor, kind: Tensor, position: Tensor, gain: Tensor, bias: Tensor, p: float
+) -> Tensor:
+    """BERT's input embeddings in plain PyTorch, in Hugging Face's order of additions."""
+    x = F.embedding(ids, word, padding_idx=0) + F.embedding(types, kind) + position[: ids.shape[-1]]
+    return F.dropout(F.layer_norm(x, gain.shape, gain, bias, EPS), p)
+
+
+def embed_rivals(tiny: bool) -> list[Rival]:
+    """BERT's front end; the first one is the yardstick."""
+
+    def leaves(x: SimpleNamespace) -> dict[str, Tensor]:
+        return {name: getattr(x, name) for name in ("word", "kind", "position", "gain", "bias")}
+
+    def stem(function: Callable[..., Tensor]) -> Callable[[SimpleNamespace, float], Prepared]:
+        def build(x: SimpleNamespace, dropout: float) -> Prepared:
+            return differentiable(
+                lambda: function(x.ids, x.types, x.word, x.kind, x.position, x.gain, x.bias, dropout),
+                leaves(x),
+                x.upstream,
+            )
+
+        return build
+
+    def ours(x: SimpleNamespace, dropout: float) -> Prepared:
+        return differentiable(
+            lambda: ek.embed(
+                x.ids,
+                x.word,
+                position_weight=x.position,
+                type_weight=x.kind,
+                type_ids=x.types,
+                norm="layer",
+                norm_weight=x.gain,
+                norm_bias=x.bias,
+                norm_eps=EPS,
+                dropout_p=dropout,
+                padding_idx=0,
+            ),
+            leaves(x),
+            x.upstream,
+        )
+
+    return [
+        Rival("eager", stem(bert_stem)),
+        Rival("ours", ours, ours=True, required=True),
+        Rival("torch.compile", stem(compiled(bert_stem, tiny))),
+    ]
+
+
+def aten_backward(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(rows, ids, count, padding, False)
+
+
+def grad_rivals(tiny: bool) -> list[Rival]:
+    """A table's dense gradient; the first one is the yardstick. Nothing here has a forward or a dropout."""
+
+    def backward(function: Callable[..., Tensor]) -> Callable[[SimpleNamespace, float], Prepared]:
+        def build(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
+            return Prepared(None, lambda: {"grad": function(x.grad_rows, x.ids, x.rows, x.padding)})
+
+        return build
+
+    def ours(backend: str) -> Callable[..., Tensor]:
+        def run(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
+            plan = ek.embedding_plan(ids, count, padding_idx=None if padding < 0 else padding, backend=backend)
+            return ek.embedding_grad(rows, plan, backend=backend)
+
+        return run
+
+    def planned(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
+        plan = ek.embedding_plan(x.ids, x.rows, padding_idx=None if x.padding < 0 else x.padding)
+        return Prepared(None, lambda: {"grad": ek.embedding_grad(x.grad_rows, plan)})
+
+    def default(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
+        return torch.ops.embedkernels.embedding_backward(rows, ids, count, padding)
+
+    def liger(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
+        from liger_kernel.ops.experimental.embedding import LigerEmbeddingFunction
+
+        if x.padding >= 0:
+            raise NotImplementedError("has no padding_idx")
+        table = torch.zeros(x.rows, x.grad_rows.shape[1], dtype=x.grad_rows.dtype, device=x.ids.device)
+        looked_up = LigerEmbeddingFunction.apply(table.requires_grad_(), x.ids)
+        return Prepared(
+            None,
+            lambda: {"grad": torch.autograd.grad(looked_up, table, x.grad_rows, retain_graph=True)[0]},
+        )
+
+    def flag_gems(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
+        from flag_gems.ops.embedding import embedding_backward
+
+        return embedding_backward(rows, ids, count, padding, False, False)
+
+    found = [
+        Rival("eager", backward(aten_backward)),
+        Rival("ours", backward(default), ours=True, required=True),
+        Rival("ours, plan ready", planned, ours=True),
+        Rival("ours in Triton", backward(ours("triton")), ours=True),
+        Rival("torch.compile", backward(compiled(aten_backward, tiny))),
+    ]
+    if "liger_kernel" not in absent():
+        found.append(Rival("Liger", liger))
+    if "flag_gems" not in absent():
+        found.append(Rival("FlagGems", backward(flag_gems)))
+    return found
+
+
+def attention_rivals(tiny: bool) -> list[Rival]:  # noqa: ARG001
+    """Attention; the first one is what Hugging Face's "sdpa" does, and the yardstick."""
+
+    def sdpa(backend: SDPBackend | None) -> Callable[[SimpleNamespace, float], Prepared]:
+        def run(x: SimpleNamespace, dropout: float) -> Tensor:
+            key, value, grouped = x.key, x.value, x.query.shape[1] != x.key.shape[1]
+            if grouped and x.mask is not None:
+                # As Hugging Face does it: no SDPA kernel takes both a mask and grouped heads.
+                key, value = (t.repeat_interleave(x.query.shape[1] // t.shape[1], 1) for t in (key, value))
+                grouped = False
+            with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(
+                    x.query,
+                    key,
+                    value,
+                    attn_mask=x.mask,
+                    dropout_p=dropout,
+                    is_causal=x.causal and x.mask is None,
+                    enable_gqa=grouped,
+                )
+
+        return lambda x, dropout: differentiable(lambda: run(x, dropout), leaves(x), x.upstream)
+
+    def leaves(x: SimpleNamespace) -> dict[str, Tensor]:
+        return {"query": x.query, "key": x.key, "value": x.value}
+
+    def ours(x: SimpleNamespace, dropout: float) -> Prepared:
+        return differentiable(
+            lambda: ek.attention(
+                x.query,
+                x.key,
+                x.value,
+                dropout_p=dropout,
+                is_causal=x.causal,
+                enable_gqa=x.query.shape[1] != x.key.shape[1],
+                key_lengths=x.lengths,
+            ),
+            leaves(x),
+            x.upstream,
+        )
+
+    return [
+        Rival("sdpa", sdpa(None)),
+        Rival("ours", ours, ours=True, required=True),
+        Rival("sdpa cuDNN", sdpa(SDPBackend.CUDNN_ATTENTION)),
+        Rival("sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION)),
+        Rival("sdpa efficient", sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    ]

@@ -1,0 +1,386 @@
+"""Run the cases of one suite: make inputs, check every rival, time the right ones, write JSON as it grows.
+
+    python -m bench.suites attention --out attention.json            # on the GPU there is
+    python -m bench.suites attention --device cpu --tiny --out dry.json
+
+A result that is wrong is marked and not timed. What there was no time for is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import embedkernels as ek
+from bench import cases, check, environment, rivals
+from bench.rivals import Prepared, Rival
+from bench.timing import Stopwatch, ceilings, summary
+from embedkernels.ops.backend import choose
+
+SEED = 20261
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite is made of.
+
+    Attributes:
+        op: key of ``embedkernels.ops.backend.SUPPORTED``.
+        inputs: makes a case's tensors on a device.
+        expected: the results in float64, by the names that ``Prepared.training`` uses.
+        floors: by pass, the fewest bytes that must move and the operations that must be done.
+        rivals: the implementations; the first is the yardstick.
+    """
+
+    op: str
+    cases: tuple[Any, ...]
+    inputs: Callable[[Any, torch.device], SimpleNamespace]
+    expected: Callable[[SimpleNamespace], dict[str, Tensor]]
+    floors: Callable[[Any, SimpleNamespace], dict[str, tuple[float, float]]]
+    rivals: Callable[[bool], list[Rival]]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_()
+
+
+def embed_inputs(case: cases.EmbedCase, device: torch.device) -> SimpleNamespace:
+    generator, dtype = _generator(), getattr(torch, case.dtype)
+    torch.manual_seed(SEED)
+
+    def table(rows: int) -> Tensor:
+        return _leaf(torch.randn(rows, case.width, device=device).to(dtype))
+
+    shape = (case.batch, case.length)
+    return SimpleNamespace(
+        ids=cases.make_ids(case.batch * case.length, case.rows, case.ids, generator).view(shape).to(device),
+        types=torch.randint(0, 2, shape, generator=generator).to(device),
+        word=table(case.rows),
+        kind=table(2),
+        position=table(case.length),
+        gain=_leaf(1 + torch.randn(case.width, device=device).to(dtype) / 8),
+        bias=_leaf(torch.randn(case.width, device=device).to(dtype)),
+        upstream=torch.randn(*shape, case.width, device=device).to(dtype),
+    )
+
+
+def embed_expected(x: SimpleNamespace) -> dict[str, Tensor]:
+    names = ("word", "kind", "position", "gain", "bias")
+    wide = {name: _leaf(getattr(x, name).double()) for name in names}
+    out = rivals.bert_stem(x.ids, x.types, *wide.values(), 0.0)
+    return rivals.differentiable(lambda: out, wide, x.upstream.double()).training()
+
+
+def embed_floors(case: cases.EmbedCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:
+    row = case.width * x.word.element_size()
+    tokens, unique = x.ids.numel(), int(x.ids.unique().numel())
+    forward = tokens * (row + 16) + unique * row  # the output and both ids; every row in use once
+    backward = tokens * (row + 16) + unique * row + case.rows * row  # the gradient in, rows again, the table out
+    return {"forward": (forward, 0), "training": (forward + backward, 0)}
+
+
+def grad_inputs(case: cases.GradCase, device: torch.device) -> SimpleNamespace:
+    generator, dtype = _generator(), getattr(torch, case.dtype)
+    torch.manual_seed(SEED)
+    ids = cases.make_ids(case.count, case.rows, case.ids, generator)
+    if case.padding:
+        ids[torch.rand(case.count, generator=generator) > cases.FILL] = 0
+    grad_rows = torch.randn(case.count, case.width, device=device).to(dtype)
+    return SimpleNamespace(ids=ids.to(device), grad_rows=grad_rows, rows=case.rows, padding=0 if case.padding else -1)
+
+
+def grad_expected(x: SimpleNamespace) -> dict[str, Tensor]:
+    kept = x.grad_rows.double() * (x.ids != x.padding)[:, None]
+    table = torch.zeros(x.rows, kept.shape[1], dtype=torch.float64, device=kept.device)
+    return {"grad": table.index_add_(0, x.ids, kept)}
+
+
+def grad_floors(case: cases.GradCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:
+    row = case.width * x.grad_rows.element_size()
+    kept = int((x.ids != x.padding).sum())
+    return {"training": (kept * row + case.rows * row + 8 * case.count, 0)}
+
+
+def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleNamespace:
+    dtype = getattr(torch, case.dtype)
+    torch.manual_seed(SEED)
+
+    def heads(count: int) -> Tensor:  # (B, H, S, D) as a projection leaves it: heads inside of the sequence
+        return torch.randn(case.batch, case.length, count, case.width, device=device).to(dtype).transpose(1, 2)
+
+    lengths = mask = None
+    if case.fill < 1:
+        lengths = cases.make_lengths(case.batch, case.length, case.fill).to(device)
+        steps = torch.arange(case.length, device=device)
+        visible = (steps[None, None, :] < lengths[:, None, None]).expand(-1, case.length, -1)
+        if case.causal:
+            visible = visible & (steps[None, :] <= steps[:, None])
+        mask = visible[:, None].contiguous()
+    return SimpleNamespace(
+        query=_leaf(heads(case.heads)),
+        key=_leaf(heads(case.kv_heads)),
+        value=_leaf(heads(case.kv_heads)),
+        upstream=heads(case.heads),
+        lengths=lengths,
+        mask=mask,
+        causal=case.causal,
+    )
+
+
+def attention_expected(x: SimpleNamespace) -> dict[str, Tensor]:
+    """One sequence at a time: the scores of a whole batch in float64 would not fit."""
+    found: dict[str, list[Tensor]] = {}
+    length, group = x.query.shape[2], x.query.shape[1] // x.key.shape[1]
+    triangle = torch.ones(length, length, dtype=torch.bool, device=x.query.device).tril()
+    for b in range(x.query.shape[0]):
+        wide = {name: _leaf(getattr(x, name)[b].double()) for name in ("query", "key", "value")}
+        key, value = (wide[name].repeat_interleave(group, 0) for name in ("key", "value"))
+        scores = wide["query"] @ key.transpose(1, 2) / x.query.shape[-1] ** 0.5
+        visible = x.mask[b] if x.mask is not None else (triangle if x.causal else None)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        out = F.softmax(scores, dim=-1) @ value
+        upstream = x.upstream[b].double()
+        for name, t in rivals.differentiable(lambda out=out: out, wide, upstream).training().items():
+            found.setdefault(name, []).append(t)
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def attention_floors(case: cases.AttentionCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:
+    if x.mask is not None:
+        pairs = float(x.mask.sum())
+    else:
+        pairs = case.batch * (case.length * (case.length + 1) / 2 if case.causal else case.length**2)
+    # One product of the query's size by the key's for the scores, one for the output; the backward has five.
+    flops = 4.0 * pairs * case.heads * case.width if case.dtype != "float32" else 0.0  # bf16's ceiling is not fp32's
+    query = x.query.numel() * x.query.element_size()
+    keys = (x.key.numel() + x.value.numel()) * x.key.element_size()
+    forward = 2 * query + keys
+    return {"forward": (forward, flops), "training": (forward + 4 * query + 2 * keys, 3.5 * flops)}
+
+
+SUITES: dict[str, Suite] = {
+    "embed": Suite("embed", cases.EMBED, embed_inputs, embed_expected, embed_floors, rivals.embed_rivals),
+    "embedding_grad": Suite(
+        "embedding_grad", cases.EMBEDDING_GRAD, grad_inputs, grad_expected, grad_floors, rivals.grad_rivals
+    ),
+    "attention": Suite(
+        "attention", cases.ATTENTION, attention_inputs, attention_expected, attention_floors, rivals.attention_rivals
+    ),
+}
+
+
+def reason(error: BaseException) -> str:
+    """An exception's kind and first line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]
+
+
+class Runner:
+    """Runs a suite's cases until its time is up.
+
+    Args:
+        name: key of ``SUITES``.
+        device: where.
+        seconds: after which nothing new is started.
+        tiny: shrink every case, for a dry run.
+        per_case: seconds of timing per case and pass.
+    """
+
+    def __init__(self, name: str, device: torch.device, seconds: float, tiny: bool, per_case: float = 0.6) -> None:
+        self.suite, self.device, self.tiny = SUITES[name], device, tiny
+        self.deadline = time.monotonic() + seconds
+        self.per_case, self.most = (0.0, 2) if tiny else (per_case, 60)
+        self.watch = Stopwatch(device)
+        self.rivals = self.suite.rivals(tiny)
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def run(self, case: Any, record: dict[str, Any], save: Callable[[], None]) -> None:  # noqa: ARG002
+        """Check and time one case; what is known goes into ``record`` at once."""
+        x = self.suite.inputs(case, self.device)
+        expected = self.suite.expected(x)
+        yardstick: dict[str, check.Errors] = {}
+        ready: dict[str, Prepared] = {}
+        for rival in self.rivals:
+            entry, prepared = self.checked(rival, case, x, expected, yardstick)
+            record["rivals"].append(entry)
+            if prepared is not None:
+                ready[rival.name] = prepared
+        del expected
+        self.collect()
+        floors = self.suite.floors(case, x)
+        record["floors"] = {name: {"bytes": b, "flops": f} for name, (b, f) in floors.items()}
+        for name in floors:
+            self.timed(name, ready, record)
+
+    def checked(
+        self,
+        rival: Rival,
+        case: Any,
+        x: SimpleNamespace,
+        expected: dict[str, Tensor],
+        yardstick: dict[str, check.Errors],
+    ) -> tuple[dict[str, Any], Prepared | None]:
+        """A rival's entry, and its calls if its results are right. The first rival fills in the yardstick."""
+        entry: dict[str, Any] = {"rival": rival.name, "ours": rival.ours, "required": rival.required, "passes": {}}
+        if self.late():
+            return {**entry, "status": "not run", "detail": "out of time"}, None
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                # Without dropout, which draws other numbers in every implementation; everything else as timed.
+                result = rival.build(x, 0.0).training()
+                if not yardstick:
+                    yardstick.update({name: check.errors(result[name], expected[name]) for name in expected})
+                limit = check.OUR_LIMIT if rival.ours else check.RIVAL_LIMIT
+                verdict = check.judge(result, expected, yardstick, limit)
+                del result
+                entry["error_ratios"] = verdict.ratios
+                if not verdict.ok:
+                    return {**entry, "status": "wrong", "detail": verdict.detail}, None
+                prepared = rival.build(x, case.dropout)
+                if case.dropout:
+                    broken = [name for name, t in prepared.training().items() if not bool(torch.isfinite(t).all())]
+                    if broken:
+                        return {**entry, "status": "wrong", "detail": f"not finite with dropout: {broken}"}, None
+                self.watch.synchronize()
+            except Exception as error:  # whatever a rival raises is its answer
+                # SDPA says in warnings why a backend cannot take a call.
+                why = dict.fromkeys(str(w.message).partition("(Triggered internally")[0].strip() for w in said)
+                return {**entry, "status": "refused", "detail": "; ".join([reason(error), *why])[:700]}, None
+            finally:
+                self.collect()
+        return {**entry, "status": "ok", "detail": ""}, prepared
+
+    def timed(self, name: str, ready: dict[str, Prepared], record: dict[str, Any]) -> None:
+        """Fill in the times of one pass, of every rival that is right."""
+        calls = {rival: getattr(prepared, name) for rival, prepared in ready.items()}
+        calls = {rival: call for rival, call in calls.items() if call is not None}
+        samples = self.watch.interleaved(calls, self.per_case * len(calls), 2 if self.tiny else 10, self.most)
+        entries = {entry["rival"]: entry["passes"] for entry in record["rivals"]}
+        for rival, call in calls.items():
+            entries[rival][name] = {
+                **summary(samples[rival]),
+                "host_us": self.watch.host(call),
+                "peak_bytes": self.watch.peak_bytes(call),
+            }
+        if self.device.type != "cuda" or self.late():
+            return
+        for rival, call in calls.items():
+            try:
+                replay = self.watch.captured(call)
+                times = self.watch.interleaved({rival: replay}, 0.0, 15, 15)[rival]
+                entries[rival][name]["graph_us"] = summary(times)["median_us"]
+            except Exception as error:  # not capturable is a finding about the rival, not a fault of the run
+                entries[rival][name]["graph_problem"] = reason(error)
+            self.collect()
+
+    def collect(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def problems(records: list[dict[str, Any]]) -> list[str]:
+    """What makes a suite fail: results of ours that are wrong, required ones that are missing, a case that broke."""
+    found = []
+    for record in records:
+        if "error" in record:
+            found.append(f"{record['name']}: {record['error']}")
+        for entry in record["rivals"]:
+            wrong = entry["ours"] and entry["status"] == "wrong"
+            if wrong or (entry["required"] and entry["status"] == "refused"):
+                found.append(f"{record['name']}: {entry['rival']} is {entry['status']}: {entry['detail']}")
+    return found
+
+
+def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Callable[[dict[str, Any]], None]) -> bool:
+    """Run a suite; ``save`` gets the whole result whenever it grows. True if nothing of ours failed."""
+    runner: Any
+    if name == "step":
+        from bench.step import StepRunner
+
+        runner, todo = StepRunner(device, seconds, tiny), cases.STEP
+    else:
+        runner, todo = Runner(name, device, seconds, tiny), SUITES[name].cases
+    result: dict[str, Any] = {
+        "suite": name,
+        "device": str(device),
+        "tiny": tiny,
+        "absent_rivals": rivals.absent(),
+        "ceilings": ceilings(device, tiny),
+        "backends": {op: asdict(choose(op, device)) for op in ("embed", "embedding_grad", "attention")},
+        "cases": [],
+        "problems": [],
+    }
+    for case in todo:
+        case = case.tiny() if tiny else case
+        record: dict[str, Any] = {"name": case.name, "case": asdict(case), "rivals": []}
+        result["cases"].append(record)
+        if runner.late():
+            record["not_run"] = "out of time"
+            continue
+        started = time.monotonic()
+        try:
+            runner.run(case, record, lambda: save(result))
+            ek.check_errors()
+        except Exception as error:  # the next case may still work
+            record["error"] = reason(error)
+            print(traceback.format_exc(), file=sys.stderr)
+        if device.type == "cuda":
+            record["clocks"] = environment.clocks()
+        record["seconds"] = round(time.monotonic() - started, 2)
+        result["problems"] = problems(result["cases"])
+        save(result)
+    save(result)
+    return not result["problems"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` in one step: a reader, or a kill, never meets half a file."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suite", choices=[*SUITES, "step"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start nothing new after this time")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: sizes that prove only that the code works")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    good = run(
+        args.suite,
+        torch.device(args.device),
+        args.seconds,
+        args.tiny,
+        lambda result: write_json(args.out, result),
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
