@@ -1,0 +1,55 @@
+"""``nn.Embedding`` with checked ids and a deterministic, fp32-accumulated gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from embedkernels.ops.embedding import embedding
+
+
+class FusedEmbedding(nn.Embedding):
+    """An ``nn.Embedding`` in every respect, whose lookup and gradient run on embedkernels' ops.
+
+    Constructor, ``from_pretrained``, initialisation, parameters, ``state_dict`` and ``isinstance`` are those of
+    ``nn.Embedding``. The gradient of the table is added in fp32 whatever its dtype and has the same bits in every run.
+    An id out of range raises an IndexError that names it (see :func:`embedkernels.embedding`).
+
+    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are honoured by running the stock forward; so are weights that
+    are no plain floating-point tensor (a DTensor, a quantised tensor). ``fused`` tells.
+
+    Args:
+        num_embeddings: V, rows of the table.
+        embedding_dim: D, their size.
+        padding_idx: row that gets no gradient and starts as zeros; negative values count from the end.
+        max_norm, norm_type, scale_grad_by_freq, sparse: as in ``nn.Embedding``.
+        _weight, _freeze, device, dtype: as in ``nn.Embedding``.
+
+    Shape:
+        - input: any shape, int32 or int64.
+        - output: (*input.shape, D), the weight's dtype.
+
+    Example:
+        >>> import torch, embedkernels as ek
+        >>> table = ek.FusedEmbedding(10, 4, padding_idx=0)
+        >>> table(torch.tensor([[1, 2, 0]])).shape
+        torch.Size([1, 3, 4])
+    """
+
+    @property
+    def fused(self) -> bool:
+        """Whether the options of this module are covered by the fused op; where not, the stock forward runs."""
+        return self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the table at ``input``."""
+        weight = self.weight
+        # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op.
+        plain = type(weight) in (Tensor, Parameter) and weight.is_floating_point()
+        if not (self.fused and plain):
+            return super().forward(input)
+        return embedding(input, weight, padding_idx=self.padding_idx)
+
+    def extra_repr(self) -> str:
+        """As in ``nn.Embedding``, with ``fused=False`` where an option makes the stock forward run."""
+        return super().extra_repr() + ("" if self.fused else ", fused=False")
