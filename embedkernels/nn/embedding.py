@@ -12,7 +12,7 @@ class FusedEmbedding(nn.Embedding):
     """An ``nn.Embedding`` in every respect, whose lookup and gradient run on embedkernels' ops.
 
     Constructor, ``from_pretrained``, initialisation, parameters, ``state_dict`` and ``isinstance`` are those of
-    ``nn.Embedding``. The gradient of the table is added in fp32 whatever its dtype and has the same bits in every run.
+    ``nn.Embedding``. The gradient of the table is added in fp32 whatever its dtype, with the same bits in every run.
     An id out of range raises an IndexError that names it (see :func:`embedkernels.embedding`).
 
     ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are honoured by running the stock forward; so are weights that
