@@ -98,7 +98,8 @@ def _refuse(kwargs: dict[str, Any], mask: Tensor | None, kv_length: int) -> None
 
 def _packed(kwargs: dict[str, Any], query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """The dense mask for sequences packed into one row, whose ends the keywords give."""
-    of_q, of_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    of_q: Any = kwargs.get("cu_seq_lens_q")
+    of_k: Any = kwargs.get("cu_seq_lens_k")
     of_q, of_k = (of_k if of_q is None else of_q), (of_q if of_k is None else of_k)
     q_length, kv_length = query.shape[2], key.shape[2]
     if query.shape[0] != 1:
@@ -118,7 +119,9 @@ def _packed(kwargs: dict[str, Any], query: Tensor, key: Tensor, mask: Tensor | N
 
 def _kernels_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     """Whether this call is one that the kernels compute exactly, on a device where they run."""
-    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None or torch.jit.is_tracing():
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if query.shape[-1] != value.shape[-1] or not 16 <= query.shape[-1] <= 128 or query.dtype not in _KERNEL_DTYPES:
         return False

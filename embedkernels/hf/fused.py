@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embedkernels.hf import guards
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
+from embedkernels.nn.embedding import FusedEmbedding
 
 STOCK = "_embedkernels_stock"
 ADAPTER = "_embedkernels_adapter"
@@ -47,7 +48,9 @@ def rebuild(stock: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``stock`` whose forward is fused.
 
@@ -57,12 +60,20 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
     Raises:
         ValueError: for another class.
     """
+    if stock not in _CLASSES:
+        _CLASSES.setdefault(stock, _make_class(stock))
+    return _CLASSES[stock]
+
+
+def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
     adapter = adapter_for(stock)
     if adapter is None and stock is not nn.Embedding:
         raise ValueError(f"no adapter for {stock.__module__}.{stock.__qualname__}; supported: {supported()}")
 
+    base: type[nn.Module] = FusedEmbedding if adapter is None else stock
+
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        reduced = super(cls, self).__reduce_ex__(protocol)
+        reduced: Any = base.__reduce_ex__(self, protocol)
         return (rebuild, (stock,), *reduced[2:])
 
     namespace: dict[str, Any] = {
@@ -73,15 +84,9 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
         STOCK: stock,
         ADAPTER: adapter,
     }
-    if adapter is None:
-        from embedkernels.nn.embedding import FusedEmbedding
-
-        bases: tuple[type, ...] = (FusedEmbedding,)
-    else:
-        bases = (stock,)
+    if adapter is not None:
         namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward)
-    cls = type(stock.__name__, bases, namespace)
-    return cls
+    return type(stock.__name__, (base,), namespace)
 
 
 def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]:
@@ -167,18 +172,14 @@ def _embed(
     types = parts[adapter.types] if adapter.types else None
     norm = parts[adapter.norm] if adapter.norm else None
     dropout = parts[adapter.dropout]
-    if type_ids is not None and types is None:
-        type_ids = None
-    elif type_ids is not None and type_ids.shape != ids.shape:
-        type_ids = type_ids.expand(ids.shape)
-    return embed(
+    output = embed(
         ids,
         tokens.weight,
         position_weight=positions.weight,
         position_ids=position_ids,
         position_start=start,
         type_weight=None if types is None else types.weight,
-        type_ids=type_ids,
+        type_ids=None if types is None else type_ids,
         norm=None if norm is None else "layer",
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else norm.bias,
@@ -187,6 +188,10 @@ def _embed(
         padding_idx=tokens.padding_idx,
         position_padding_idx=positions.padding_idx,
     )
+    # The one hook that the guards let pass wants this of the lookup's output, for activation checkpointing.
+    if tokens._forward_hooks and torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
 
 
 def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
@@ -256,12 +261,9 @@ class _View:
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
-        self.__dict__.update(
-            _model=model,
-            _adapter=adapter,
-            _calls=[],
-            **{adapter.positions: self._add_nothing, adapter.dropout: self._pass},
-        )
+        self.__dict__.update(_model=model, _adapter=adapter, _calls=[])
+        self.__dict__[str(adapter.positions)] = self._add_nothing
+        self.__dict__[str(adapter.dropout)] = self._pass
 
     def _add_nothing(self, position_ids: Tensor) -> _AlreadyAdded:  # noqa: ARG002
         self._calls.append(self._adapter.positions)
@@ -283,8 +285,8 @@ class _View:
                 "patch(model, embeddings=False)"
             )
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._model)
 
     def __getattr__(self, name: str) -> Any:

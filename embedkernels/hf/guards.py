@@ -31,10 +31,25 @@ def _looks_up_plainly(cls: type) -> bool:
     return cls is nn.Embedding or cls is FusedEmbedding or cls.__dict__.get("_embedkernels_stock") is nn.Embedding
 
 
+# What ``gradient_checkpointing_enable`` and ``enable_input_require_grads`` hook to the token table: a function that
+# sets requires_grad on the output. The fused forward does the same (``embedkernels.hf.fused``).
+_REQUIRE_GRADS = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
+
+
+def _only_require_grads(hooks: Any) -> bool:
+    return all(
+        getattr(hook, "__qualname__", "") == _REQUIRE_GRADS and hook.__module__ == "transformers.modeling_utils"
+        for hook in hooks.values()
+    )
+
+
 def _watched(part: Any, name: str) -> str | None:
     """Why calls of ``part`` may not be bypassed."""
     # Every nn.Module has these four; one expression, because it runs for every part at every forward.
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks or part._forward_hooks:
+        others = part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        if not others and _only_require_grads(part._forward_hooks):
+            return None
         return f"{name} has {next(what for attribute, what in _HOOKS if getattr(part, attribute))}"
     if "forward" in part.__dict__:
         return f"{name}.forward was replaced on the instance"
@@ -80,7 +95,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
     parts: dict[str, Any] = module._modules
     dtype, device = None, None
     for name in adapter.tables:
-        part = parts.get(name)
+        part: Any = parts.get(name)
         reason = embedding_problem(part, name) or _watched(part, name)
         if reason is not None:
             return reason
@@ -108,10 +123,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         reason = _watched(dropout, adapter.dropout)
         if reason is not None:
             return reason
-    if dtype != torch.float32 and device is not None and torch.is_autocast_enabled(device.type):
-        # Autocast would run the norm in fp32 and return fp32 here; the fused op returns the tables' dtype.
-        return f"autocast is on and the tables are {dtype}"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit is tracing: the traced model should run without embedkernels"
     return None
 

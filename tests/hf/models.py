@@ -1,0 +1,120 @@
+"""Tiny random models, one for every row of the table of adapters, and inputs for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import embedkernels as ek
+
+VOCAB, POSITIONS = 60, 40
+_SHARED = {"vocab_size": VOCAB, "bos_token_id": 3, "eos_token_id": 2, "pad_token_id": 1}
+_ENCODER = _SHARED | {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": POSITIONS,
+    "type_vocab_size": 2,
+}
+
+
+def _encoder(config: type, model: type, **more: object) -> Callable[..., PreTrainedModel]:
+    def build(layers: int, dropout: float) -> PreTrainedModel:
+        probabilities = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        return model(config(**(_ENCODER | {"num_hidden_layers": layers} | probabilities | more)))
+
+    return build
+
+
+def _distilbert(layers: int, dropout: float) -> PreTrainedModel:
+    config = transformers.DistilBertConfig(
+        **_SHARED,
+        dim=32,
+        n_heads=2,
+        n_layers=layers,
+        hidden_dim=48,
+        max_position_embeddings=POSITIONS,
+        dropout=dropout,
+        attention_dropout=dropout,
+    )
+    return transformers.DistilBertModel(config)
+
+
+def _gpt2(layers: int, dropout: float) -> PreTrainedModel:
+    config = transformers.GPT2Config(
+        **_SHARED,
+        n_embd=32,
+        n_head=2,
+        n_layer=layers,
+        n_positions=POSITIONS,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
+    )
+    return transformers.GPT2Model(config)
+
+
+def _llama(layers: int, dropout: float) -> PreTrainedModel:
+    config = transformers.LlamaConfig(
+        **_SHARED,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=layers,
+        intermediate_size=48,
+        max_position_embeddings=POSITIONS,
+        attention_dropout=dropout,
+    )
+    return transformers.LlamaModel(config)
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "bert": _encoder(transformers.BertConfig, transformers.BertModel),
+    "electra": _encoder(transformers.ElectraConfig, transformers.ElectraModel, embedding_size=32),
+    "roberta": _encoder(transformers.RobertaConfig, transformers.RobertaModel),
+    "xlm-roberta": _encoder(transformers.XLMRobertaConfig, transformers.XLMRobertaModel),
+    "camembert": _encoder(transformers.CamembertConfig, transformers.CamembertModel),
+    "distilbert": _distilbert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+}
+# Paths of the modules that patch changes.
+FUSED = dict.fromkeys(MODELS, "embeddings") | {"gpt2": "", "llama": "embed_tokens"}
+DECODERS = ("gpt2", "llama")
+TYPED = ("bert", "electra", "roberta", "xlm-roberta", "camembert")
+
+
+def build(name: str, *, layers: int = 1, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model on the CPU whose every parameter is random, biases and norms too."""
+    model = MODELS[name](layers=layers, dropout=dropout)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).train()
+
+
+def pair(name: str, **options: object) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A stock model and a patched copy of it."""
+    stock = build(name, **options)
+    patched = copy.deepcopy(stock)
+    ek.patch(patched, strict=True)
+    return stock, patched
+
+
+def ids(batch: int = 3, length: int = 7) -> Tensor:
+    """Token ids without padding."""
+    return torch.randint(4, VOCAB, (batch, length))
+
+
+def padded(batch: int = 3, length: int = 7, side: str = "right") -> dict[str, Tensor]:
+    """Token ids and a mask, each row with another amount of padding on one side."""
+    input_ids, mask = ids(batch, length), torch.ones(batch, length, dtype=torch.long)
+    for row in range(1, batch):
+        padding = slice(length - row, None) if side == "right" else slice(0, row)
+        input_ids[row, padding], mask[row, padding] = 1, 0
+    return {"input_ids": input_ids, "attention_mask": mask}
