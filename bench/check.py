@@ -15,6 +15,8 @@ from torch import Tensor
 OUR_LIMIT = 2.0
 # A rival may be less exact than we promise to be and is still worth a time; garbage is not.
 RIVAL_LIMIT = 8.0
+# A yardstick off by more than this share of the largest value speaks against the reference it is held against.
+SANE = 0.1
 # float64 copies of a table are made in pieces of this many elements.
 PIECE = 1 << 26
 
@@ -39,15 +41,30 @@ class Verdict:
 
 def errors(actual: Tensor, expected: Tensor) -> Errors:
     """Differences of ``actual`` to ``expected`` (float64, same shape), computed where they live."""
-    largest = scale = square = 0.0
+    if expected.numel() == 0:
+        return Errors(0.0, 0.0, 0.0)
     flat, want = actual.detach().reshape(-1), expected.reshape(-1)
+    pieces = []  # largest difference, sum of squares, largest value; on the device, where a NaN stays one
     for start in range(0, want.numel(), PIECE):
         target = want[start : start + PIECE]
         difference = flat[start : start + PIECE].double() - target
-        largest = max(largest, float(difference.abs().max()))
-        square += float(difference.square().sum())
-        scale = max(scale, float(target.abs().max()))
-    return Errors(largest, (square / max(1, want.numel())) ** 0.5, scale)
+        pieces.append(torch.stack([difference.abs().max(), difference.square().sum(), target.abs().max()]))
+    table = torch.stack(pieces)
+    largest, _, scale = table.max(0).values.tolist()
+    return Errors(largest, (float(table[:, 1].sum()) / want.numel()) ** 0.5, scale)
+
+
+def measure_yardstick(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Errors]:
+    """The errors of PyTorch's own op.
+
+    Raises:
+        ValueError: they are so large that the reference must be wrong; then nothing would be found wrong.
+    """
+    found = {name: errors(actual[name], want) for name, want in expected.items()}
+    for name, error in found.items():
+        if not error.largest <= SANE * error.scale:
+            raise ValueError(f"{name}: PyTorch and the reference differ by {error.largest:.3e} of {error.scale:.3e}")
+    return found
 
 
 def judge(

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import sys
 import time
 import traceback
@@ -28,6 +26,7 @@ from torch import Tensor
 
 import embedkernels as ek
 from bench import cases, check, environment, rivals
+from bench.files import write_json
 from bench.rivals import Prepared, Rival
 from bench.timing import Stopwatch, ceilings, summary
 from embedkernels.ops.backend import choose
@@ -223,6 +222,8 @@ class Runner:
         yardstick: dict[str, check.Errors] = {}
         ready: dict[str, Prepared] = {}
         for rival in self.rivals:
+            if not yardstick and rival is not self.rivals[0]:
+                raise RuntimeError(f"no yardstick: {record['rivals'][0]['detail']}")
             entry, prepared = self.checked(rival, case, x, expected, yardstick)
             record["rivals"].append(entry)
             if prepared is not None:
@@ -252,7 +253,7 @@ class Runner:
                 # Without dropout, which draws other numbers in every implementation; everything else as timed.
                 result = rival.build(x, 0.0).training()
                 if not yardstick:
-                    yardstick.update({name: check.errors(result[name], expected[name]) for name in expected})
+                    yardstick.update(check.measure_yardstick(result, expected))
                 limit = check.OUR_LIMIT if rival.ours else check.RIVAL_LIMIT
                 verdict = check.judge(result, expected, yardstick, limit)
                 del result
@@ -297,8 +298,8 @@ class Runner:
             self.collect()
 
     def collect(self) -> None:
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 
@@ -355,13 +356,6 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
         save(result)
     save(result)
     return not result["problems"]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` in one step: a reader, or a kill, never meets half a file."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,129 @@
+"""One GPU session in under nine minutes: build, sanitise, benchmark, test; one JSON and one Markdown file.
+
+    make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,step]
+
+Needs no network and no installation. Every part is a process with a time limit; one that fails or is stopped does not
+keep the others from running. Both files are written again after every part, so that what is there is never lost.
+Without a GPU it says so and does what can be done: the build, the compilation of every kernel, dry runs.
+
+Exit code 0 if every part that ran is good, 1 if one is not, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench import environment, markdown, processes
+from bench.files import read_json, write_json
+from bench.parts import LIMIT, OVERHEAD, Machine, Part, choose
+
+SCHEMA = 1
+KEPT = 8000  # characters of a failed part's output
+
+
+def this_machine() -> Machine:
+    """The first GPU's compute capability, as PyTorch sees it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Machine(None)
+    major, minor = torch.cuda.get_device_capability(0)
+    return Machine(f"{major}{minor}")
+
+
+def run_part(part: Part, machine: Machine, seconds: float, scratch: Path) -> dict[str, Any]:
+    """Run one part; its status is passed, failed, timed out or not run."""
+    record: dict[str, Any] = {"name": part.name, "limit_s": round(seconds, 1)}
+    if part.needs_gpu and not machine.gpu:
+        return {**record, "status": "not run", "detail": "no GPU", "seconds": 0.0, "data": None}
+    out = scratch / f"{part.name}.json"
+    command = part.command(machine, seconds, out)
+    env = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    if machine.gpu:
+        env["TRITON_INTERPRET"] = "0"  # a 1 left in the environment would run the kernels on the CPU
+    finished = processes.run(command, seconds, env)
+    data = read_json(out)
+    if finished.exit_code == 0:
+        status, detail = "passed", ""
+    elif finished.exit_code == processes.TIMED_OUT and finished.seconds >= seconds:
+        status, detail = "timed out", f"stopped after {finished.seconds:.0f} s"
+    else:
+        status, detail = "failed", f"exit code {finished.exit_code}"
+    record.update(status=status, detail=detail, seconds=finished.seconds, data=data)
+    if status != "passed":
+        record["output"] = finished.output[-KEPT:]
+    return record
+
+
+def run_session(
+    parts: Sequence[Part],
+    machine: Machine,
+    report: dict[str, Any],
+    save: Callable[[], None],
+    limit: float = LIMIT - OVERHEAD,
+) -> None:
+    """Run the parts in order, within ``limit`` seconds altogether.
+
+    A part may take its own share and whatever is not reserved by the parts after it: time that was left over, and
+    the shares of parts that are not run.
+    """
+    deadline = time.monotonic() + limit
+    with TemporaryDirectory(prefix="gpu-report-") as scratch:
+        for done, part in enumerate(parts):
+            reserved = sum(later.seconds for later in parts[done + 1 :] if machine.gpu or not later.needs_gpu)
+            seconds = max(1.0, deadline - time.monotonic() - reserved)
+            record = run_part(part, machine, seconds, Path(scratch))
+            report["parts"].append(record)
+            print(f"{part.name}: {record['status']} {record['detail']} ({record['seconds']:.0f} s)", flush=True)
+            save()
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of report.json and report.md")
+    parser.add_argument("--parts", default="", help="comma separated; all by default")
+    args = parser.parse_args(argv)
+    machine = this_machine()
+    try:
+        parts = choose(args.parts, machine)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not machine.gpu:
+        print("No GPU here: building, compiling every kernel and dry runs only.", flush=True)
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "gpu": machine.gpu,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment.describe(),
+        "parts": [],
+    }
+
+    def save() -> None:
+        report["seconds"] = round(time.monotonic() - started, 1)
+        report["ok"] = all(part["status"] in ("passed", "not run") for part in report["parts"])
+        write_json(args.out / "report.json", report)
+        partial = args.out / "report.md.partial"
+        partial.write_text(markdown.render(report))
+        os.replace(partial, args.out / "report.md")
+
+    save()
+    run_session(parts, machine, report, save)
+    # Clocks again: a card that throttled during the session shows it here.
+    report["environment"]["clocks_at_end"] = environment.clocks()
+    save()
+    print(f"{args.out / 'report.md'}, {report['seconds']:.0f} s")
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Every kernel launched once on odd sizes, and the same under compute-sanitizer's memcheck and racecheck.
+
+    python -m bench.sanitize --out sanitizer.json     # all of it, needs a GPU and compute-sanitizer
+    python -m bench.sanitize --launch                 # the launches alone, in this process
+
+First every launch runs in a process of its own, several at a time: that compiles the kernels into Triton's cache and
+says which launch is at fault if one crashes. Then one process runs them all under each tool. Inputs are made and
+results compared on the CPU, so that hardly any kernel but ours is instrumented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import processes
+from bench.files import write_json
+
+TOOLS = {
+    "memcheck": ["--tool", "memcheck"],
+    "racecheck": ["--tool", "racecheck"],
+}
+# What both tools print last. Warnings of racecheck are hazards that it cannot prove harmful: they count.
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed")
+ERRORS_FOUND = 86
+KEPT = 4000  # characters of output in the report
+
+
+def launches() -> dict[str, Callable[[Any], None]]:
+    """Small calls by name, each taking a device; together they launch every kernel.
+
+    Raise AssertionError where a result is wrong. Sizes are odd on purpose: one past a tile, one short of a vector.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    import embedkernels as ek
+
+    def close(actual: Any, expected: Any, what: str) -> None:
+        actual = actual.detach().cpu().double()
+        scale = float(expected.abs().max()) or 1.0
+        # Wide enough for any right result: how exact they are is for the tests to say.
+        tolerance = 0.04 if what.endswith("bf16") else 1e-4
+        worst = float((actual - expected.double()).abs().max()) / scale
+        assert worst <= tolerance, f"{what}: off by {worst:.1e} of the largest value"
+
+    def stem(width: int, dtype: torch.dtype, dropout: float) -> Callable[[Any], None]:
+        def launch(device: Any) -> None:
+            ids, types = torch.randint(1, 61, (3, 43)), torch.randint(0, 2, (3, 43))
+            tables = [torch.randn(rows, width).to(dtype) for rows in (61, 2, 47)]
+            gain, bias, upstream = (
+                torch.randn(width).to(dtype),
+                torch.randn(width).to(dtype),
+                torch.randn(3, 43, width),
+            )
+            leaves = [t.to(device).requires_grad_() for t in (*tables, gain, bias)]
+            word, kind, position, gain_d, bias_d = leaves
+            out = ek.embed(
+                ids.to(device),
+                word,
+                position_weight=position,
+                type_weight=kind,
+                type_ids=types.to(device),
+                norm="layer",
+                norm_weight=gain_d,
+                norm_bias=bias_d,
+                dropout_p=dropout,
+                padding_idx=0,
+            )
+            grads = torch.autograd.grad(out, leaves, upstream.to(dtype).to(device))
+            assert all(bool(torch.isfinite(t).all()) for t in (out, *grads))
+            if dropout == 0:
+                wide = [t.detach().cpu().double().requires_grad_() for t in leaves]
+                summed = F.embedding(ids, wide[0]) + F.embedding(types, wide[1]) + wide[2][:43]
+                expected = F.layer_norm(summed, (width,), wide[3], wide[4], 1e-12)
+                wanted = torch.autograd.grad(expected, wide, upstream.to(dtype).double())
+                suffix = "bf16" if dtype == torch.bfloat16 else "fp32"
+                close(out, expected.detach(), f"embed {suffix}")
+                for grad, want in zip(grads, wanted, strict=True):
+                    close(grad, want, f"gradient of embed {suffix}")
+
+        return launch
+
+    def bad_ids(device: Any) -> None:
+        """An id outside the table must be reported and never be used as an address."""
+        table = torch.randn(61, 64, device=device)
+        ids = torch.tensor([[1, 2, 61, 5, -7, 1 << 40]], device=device)
+        raised = ""
+        try:
+            ek.embed(ids, table, norm="layer", norm_weight=table[0], norm_bias=table[1])
+            ek.check_errors()
+        except IndexError as error:
+            raised = str(error)
+        assert "out of range" in raised, f"no IndexError for ids out of range: {raised!r}"
+
+    def table_grad(count: int, width: int, dtype: torch.dtype, hot: bool, backend: str) -> Callable[[Any], None]:
+        def launch(device: Any) -> None:
+            ids = torch.randint(0, 97, (count,), dtype=torch.int32 if count % 2 else torch.int64)
+            if hot:
+                ids[: count // 2] = 5
+            rows = torch.randn(count, width).to(dtype)
+            plan = ek.embedding_plan(ids.to(device), 97, padding_idx=3, backend=backend)
+            grad = ek.embedding_grad(rows.to(device), plan, backend=backend)
+            wanted = torch.zeros(97, width, dtype=torch.float64).index_add_(0, ids, rows.double())
+            wanted[3] = 0
+            close(grad, wanted, f"embedding_grad {'bf16' if dtype == torch.bfloat16 else 'fp32'}")
+
+        return launch
+
+    def attention(
+        shape: tuple[int, int, int, int, int], dtype: torch.dtype, causal: bool, lengths: bool, dropout: float
+    ) -> Callable[[Any], None]:
+        def launch(device: Any) -> None:
+            batch, heads, kv_heads, length, width = shape
+            query, key, value, upstream = (
+                torch.randn(batch, length, h, width).to(dtype).transpose(1, 2)
+                for h in (heads, kv_heads, kv_heads, heads)
+            )
+            sizes = torch.linspace(1, length, batch).int() if lengths else None
+            leaves = [t.to(device).requires_grad_() for t in (query, key, value)]
+            out = ek.attention(
+                *leaves,
+                dropout_p=dropout,
+                is_causal=causal,
+                enable_gqa=heads != kv_heads,
+                key_lengths=None if sizes is None else sizes.to(device),
+            )
+            grads = torch.autograd.grad(out, leaves, upstream.to(device))
+            assert all(bool(torch.isfinite(t).all()) for t in (out, *grads))
+            if dropout == 0:
+                wide = [t.double().requires_grad_() for t in (query, key, value)]
+                visible = torch.ones(batch, 1, length, length, dtype=torch.bool)
+                if causal:
+                    visible = visible.tril()
+                if sizes is not None:
+                    visible = visible & (torch.arange(length) < sizes[:, None, None, None])
+                expected = F.scaled_dot_product_attention(*wide, attn_mask=visible, enable_gqa=heads != kv_heads)
+                wanted = torch.autograd.grad(expected, wide, upstream.double())
+                suffix = "bf16" if dtype == torch.bfloat16 else "fp32"
+                close(out, expected.detach(), f"attention {suffix}")
+                for grad, want in zip(grads, wanted, strict=True):
+                    close(grad, want, f"gradient of attention {suffix}")
+
+        return launch
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return {
+        "embed 100 fp32": stem(100, fp32, 0.0),
+        "embed 768 bf16": stem(768, bf16, 0.0),
+        "embed 768 bf16 dropout": stem(768, bf16, 0.1),
+        "embed, ids out of range": bad_ids,
+        "embedding_grad extension": table_grad(517, 100, fp32, False, "extension"),
+        "embedding_grad extension hot row": table_grad(6000, 768, bf16, True, "extension"),
+        "embedding_grad triton hot row": table_grad(6001, 768, bf16, True, "triton"),
+        "attention 16 padded": attention((2, 3, 3, 77, 16), bf16, False, True, 0.0),
+        "attention 64 causal grouped": attention((2, 4, 2, 131, 64), bf16, True, False, 0.0),
+        "attention 64 padded dropout": attention((3, 2, 2, 65, 64), bf16, False, True, 0.1),
+        "attention 128 causal padded": attention((2, 2, 1, 130, 128), bf16, True, True, 0.0),
+        "attention 32 fp32": attention((1, 2, 2, 33, 32), fp32, False, False, 0.0),
+    }
+
+
+def launch(device_name: str, only: str | None) -> int:
+    """Run the launches in this process; prints a line for each and returns how many failed."""
+    import torch
+
+    failed = 0
+    for name, call in launches().items():
+        if only not in (None, name):
+            continue
+        torch.manual_seed(0)
+        try:
+            call(torch.device(device_name))
+            if device_name == "cuda":
+                torch.cuda.synchronize()
+            print(f"ok: {name}", flush=True)
+        except Exception as error:
+            # Where this machine lacks the extension or Triton, there is no kernel to launch.
+            if isinstance(error, RuntimeError) and "cannot run on" in str(error):
+                print(f"absent: {name}: {error}", flush=True)
+                continue
+            failed += 1
+            print(f"FAILED: {name}: {type(error).__name__}: {error}", flush=True)
+    return failed
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH, beside nvcc or in the toolkit's usual places."""
+    nvcc = shutil.which("nvcc")
+    places = [Path(nvcc).resolve().parent] if nvcc else []
+    for toolkit in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if toolkit:
+            places += [Path(toolkit) / "bin", Path(toolkit) / "compute-sanitizer"]
+    on_path = shutil.which("compute-sanitizer")
+    found = [str(place / "compute-sanitizer") for place in places if (place / "compute-sanitizer").is_file()]
+    return on_path or next(iter(found), None)
+
+
+def _run(command: list[str], deadline: float, **env: str) -> dict[str, Any]:
+    return asdict(processes.run(command, deadline - time.monotonic(), env))
+
+
+def findings(output: str) -> int | None:
+    """The number of errors or hazards in a tool's summary lines; None if it printed none."""
+    counts = [int(a or b) for a, b in SUMMARY.findall(output)]
+    return sum(counts) if counts else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--launch", action="store_true", help="only run the launches, in this process")
+    parser.add_argument("--only", help="one launch by name")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    if args.launch:
+        return min(1, launch(args.device, args.only))
+
+    deadline = time.monotonic() + args.seconds
+    command = [sys.executable, "-m", "bench.sanitize", "--launch", "--device", args.device]
+    names = list(launches())
+    result: dict[str, Any] = {"launches": {}, "tools": {}, "problems": []}
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1, 8)) as pool:
+        runs = pool.map(lambda name: _run([*command, "--only", name], deadline), names)
+        for name, done in zip(names, runs, strict=True):
+            line = next((text for text in done["output"].splitlines() if text.startswith(("ok:", "absent:"))), "")
+            result["launches"][name] = {**done, "output": done["output"][-KEPT:]}
+            if done["exit_code"] or not line:
+                result["problems"].append(f"{name}: {done['output'].strip()[-500:]}")
+    if args.out:
+        write_json(args.out, result)
+
+    sanitizer = find_sanitizer() if args.device == "cuda" else None
+    if sanitizer is None:
+        reason = "compute-sanitizer was not found" if args.device == "cuda" else "no GPU"
+        result["tools"] = {tool: {"not_run": reason} for tool in TOOLS}
+        if args.device == "cuda":
+            result["problems"].append(reason)
+    else:
+        options = ["--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20", "--launch-timeout", "60"]
+
+        def sanitized(tool: str) -> dict[str, Any]:
+            # Without PyTorch's pool every tensor is an allocation of its own, and leaving it is an error.
+            return _run(
+                [sanitizer, *TOOLS[tool], *options, *command],
+                deadline,
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )
+
+        with ThreadPoolExecutor(len(TOOLS)) as pool:
+            for tool, done in zip(TOOLS, pool.map(sanitized, TOOLS), strict=True):
+                found = findings(done["output"])
+                result["tools"][tool] = {**done, "findings": found, "output": done["output"][-KEPT:]}
+                if done["exit_code"] or found != 0:
+                    what = "out of time" if done["exit_code"] == processes.TIMED_OUT else f"{found} findings"
+                    result["problems"].append(f"{tool}: {what}, exit code {done['exit_code']}")
+    if args.out:
+        write_json(args.out, result)
+    for problem in result["problems"]:
+        print(problem)
+    return int(bool(result["problems"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Suites: every case runs, a wrong result is marked and never timed, what had no time is listed."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cases, rivals, suites
+from bench.rivals import Prepared, Rival
+from bench.timing import Stopwatch
+
+CPU = torch.device("cpu")
+
+
+def dry_run(monkeypatch: pytest.MonkeyPatch, name: str, contestants: list[Rival], **change: Any) -> dict[str, Any]:
+    """Run the first tiny case of a suite with these rivals."""
+    suite = suites.SUITES[name]
+    changed = dataclasses.replace(suite, cases=suite.cases[:1], rivals=lambda _: contestants, **change)
+    monkeypatch.setitem(suites.SUITES, name, changed)
+    saved: list[dict[str, Any]] = []
+    good = suites.run(name, CPU, 60, True, saved.append)
+    assert good == (not saved[-1]["problems"])
+    return saved[-1]
+
+
+def contest(name: str) -> list[Rival]:
+    """The yardstick and our own implementation."""
+    return suites.SUITES[name].rivals(True)[:2]
+
+
+def spoilt(rival: Rival, name: str = "wrong", **change: Any) -> Rival:
+    """A rival whose every tensor is half again as large as it should be."""
+
+    def build(x: SimpleNamespace, dropout: float) -> Prepared:
+        right = rival.build(x, dropout)
+        return Prepared(right.forward, lambda: {key: t * 1.5 for key, t in right.training().items()})
+
+    return dataclasses.replace(rival, name=name, build=build, **change)
+
+
+@pytest.mark.parametrize("name", sorted(suites.SUITES))
+def test_every_case_runs_and_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suites.SUITES[name]
+    monkeypatch.setitem(suites.SUITES, name, dataclasses.replace(suite, rivals=lambda tiny: suite.rivals(tiny)[:2]))
+    saved: list[dict[str, Any]] = []
+    assert suites.run(name, CPU, 60, True, saved.append), saved[-1]["problems"]
+    result = saved[-1]
+    assert [case["name"] for case in result["cases"]] == [case.name for case in suite.cases]
+    for case in result["cases"]:
+        assert [entry["status"] for entry in case["rivals"]] == ["ok", "ok"]
+        assert set(case["rivals"][1]["passes"]) == set(case["floors"])
+        for timed in case["rivals"][1]["passes"].values():
+            assert timed["median_us"] > 0
+            assert len(timed["samples_us"]) == 2
+            assert timed["host_us"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(suites.SUITES))
+def test_the_reference_agrees_with_pytorch_in_double(name: str) -> None:
+    """The float64 references are written out here: PyTorch in float64 must agree with them to its own precision."""
+    suite = suites.SUITES[name]
+    for case in suite.cases:
+        x = suite.inputs(dataclasses.replace(case.tiny(), dtype="float64"), CPU)
+        expected = suite.expected(x)
+        found = suite.rivals(True)[0].build(x, 0.0).training()
+        for key, want in expected.items():
+            torch.testing.assert_close(found[key], want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_wrong_rival_is_marked_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, ours = contest("embed")
+    result = dry_run(monkeypatch, "embed", [eager, ours, spoilt(eager, name="rival")])
+    entry = result["cases"][0]["rivals"][2]
+    assert entry["status"] == "wrong"
+    assert "largest error" in entry["detail"]
+    assert entry["passes"] == {}
+    assert result["problems"] == [], "a rival's fault is not ours"
+
+
+def test_a_wrong_result_of_ours_fails_the_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, ours = contest("attention")
+    result = dry_run(monkeypatch, "attention", [eager, spoilt(ours)])
+    entry = result["cases"][0]["rivals"][1]
+    assert entry["status"] == "wrong"
+    assert entry["passes"] == {}
+    assert len(result["problems"]) == 1
+    assert "wrong is wrong" in result["problems"][0]
+
+
+def test_dropout_that_gives_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, ours = contest("embed")
+
+    def build(x: SimpleNamespace, dropout: float) -> Prepared:
+        right = ours.build(x, dropout)
+        if dropout == 0:
+            return right
+        return Prepared(right.forward, lambda: {key: t / 0 - t / 0 for key, t in right.training().items()})
+
+    result = dry_run(monkeypatch, "embed", [eager, dataclasses.replace(ours, build=build)])
+    assert result["cases"][0]["rivals"][1]["status"] == "wrong"
+    assert "not finite with dropout" in result["problems"][0]
+
+
+def test_a_refusal_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(x: SimpleNamespace, dropout: float) -> Prepared:
+        raise NotImplementedError("no such luck\nsecond line")
+
+    eager, ours = contest("embedding_grad")
+    optional = Rival("rival", build)
+    result = dry_run(monkeypatch, "embedding_grad", [eager, ours, optional])
+    entry = result["cases"][0]["rivals"][2]
+    assert (entry["status"], entry["passes"]) == ("refused", {})
+    assert entry["detail"] == "NotImplementedError: no such luck"
+    assert result["problems"] == []
+
+    result = dry_run(monkeypatch, "embedding_grad", [eager, dataclasses.replace(ours, build=build)])
+    assert len(result["problems"]) == 1, "ours may not refuse"
+
+
+def test_without_a_yardstick_nothing_is_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, ours = contest("embed")
+    for broken, says in [
+        (dataclasses.replace(eager, build=lambda *_: 1 / 0), "ZeroDivisionError"),
+        (spoilt(eager), "PyTorch and the reference differ"),
+    ]:
+        result = dry_run(monkeypatch, "embed", [broken, ours])
+        assert says in result["cases"][0]["error"]
+        assert result["problems"]
+
+
+def test_a_broken_case_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suites.SUITES["embedding_grad"]
+
+    def inputs(case: cases.GradCase, device: torch.device) -> SimpleNamespace:
+        if case.name == suite.cases[0].name:
+            raise MemoryError("too large")
+        return suite.inputs(case, device)
+
+    changed = dataclasses.replace(suite, cases=suite.cases[:2], inputs=inputs, rivals=lambda _: contestants)
+    contestants = contest("embedding_grad")
+    monkeypatch.setitem(suites.SUITES, "embedding_grad", changed)
+    saved: list[dict[str, Any]] = []
+    assert not suites.run("embedding_grad", CPU, 60, True, saved.append)
+    first, second = saved[-1]["cases"]
+    assert first["error"] == "MemoryError: too large"
+    assert second["rivals"][1]["status"] == "ok"
+
+
+def test_cases_without_time_are_listed() -> None:
+    saved: list[dict[str, Any]] = []
+    assert suites.run("attention", CPU, -1.0, True, saved.append)
+    assert [case["not_run"] for case in saved[-1]["cases"]] == ["out of time"] * len(cases.ATTENTION)
+
+
+def test_torch_compile_takes_part_in_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = dry_run(monkeypatch, "embed", suites.SUITES["embed"].rivals(True))
+    assert {entry["rival"]: entry["status"] for entry in result["cases"][0]["rivals"]} == {
+        "eager": "ok",
+        "ours": "ok",
+        "torch.compile": "ok",
+    }
+
+
+def test_sdpa_says_why_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = dry_run(monkeypatch, "attention", suites.SUITES["attention"].rivals(True))
+    entries = {entry["rival"]: entry for entry in result["cases"][0]["rivals"]}
+    assert entries["sdpa flash"]["status"] == "refused", "no flash kernel takes a mask and dropout"
+    assert "dropout" in entries["sdpa flash"]["detail"]
+
+
+def test_rivals_that_are_not_installed_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "OPTIONAL", ("no_such_rival", "torch"))
+    assert rivals.absent() == ["no_such_rival"]
+
+
+def test_floors_count_the_bytes_of_a_table() -> None:
+    case = cases.GradCase("one", count=100, rows=1000, width=64)
+    x = suites.grad_inputs(case, CPU)
+    assert suites.grad_floors(case, x) == {"training": (100 * 64 * 2 + 1000 * 64 * 2 + 800, 0)}
+
+
+def test_causal_attention_counts_half_the_pairs() -> None:
+    full = cases.AttentionCase("full", 2, 16, 4, 4, 8)
+    causal = dataclasses.replace(full, causal=True)
+    flops = {
+        case.causal: suites.attention_floors(case, suites.attention_inputs(case, CPU)) for case in (full, causal)
+    }
+    assert flops[False]["forward"][1] == 4 * 2 * 4 * 16 * 16 * 8
+    assert flops[True]["forward"][1] == 4 * 2 * 4 * (16 * 17 / 2) * 8
+    assert flops[True]["training"][1] == 3.5 * flops[True]["forward"][1]
+
+
+def test_padded_attention_counts_visible_pairs_only() -> None:
+    case = cases.AttentionCase("padded", 3, 16, 2, 2, 8, fill=0.6)
+    x = suites.attention_inputs(case, CPU)
+    assert suites.attention_floors(case, x)["forward"][1] == 4 * float(x.lengths.sum()) * 16 * 2 * 8
+
+
+def test_samples_of_different_rivals_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+    sample = Stopwatch._sample
+
+    def spy(self: Stopwatch, call: Any) -> Any:
+        if "ceilings" not in call.__qualname__:
+            order.append(id(call))
+        return sample(self, call)
+
+    monkeypatch.setattr(Stopwatch, "_sample", spy)
+    dry_run(monkeypatch, "embedding_grad", contest("embedding_grad"))
+    assert len(order) == 4
+    assert order[:2] == order[2:]
+    assert order[0] != order[1]
