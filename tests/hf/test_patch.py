@@ -308,6 +308,16 @@ def test_a_saved_folder_is_loaded_without_embedkernels(tmp_path):
     _python(code, tmp_path)
 
 
+def test_without_transformers_the_package_works_and_patch_says_what_is_missing():
+    code = (
+        "import sys; sys.modules['transformers'] = None; import embedkernels as ek\n"
+        "try: ek.patch\n"
+        "except ImportError as error: assert 'transformers >= 5.17' in str(error), error\n"
+        "else: raise AssertionError"
+    )
+    _python(code, "")
+
+
 def test_a_state_dict_goes_both_ways():
     stock, patched = build("bert"), build("bert")
     ek.patch(patched)

@@ -1,0 +1,461 @@
+"""The attention implementation "embedkernels": which calls the kernels take, which go to SDPA, which are refused."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+import embedkernels as ek
+from embedkernels.hf import attention as hf_attention
+from embedkernels.hf import masks
+from tests.hf.models import VOCAB, build, ids, padded, pair
+
+BERT = transformers.BertConfig()
+MISTRAL = transformers.MistralConfig()
+
+
+class Module(nn.Module):
+    """What transformers passes as the attention module."""
+
+    def __init__(self, is_causal=False, groups=1, config=BERT):
+        super().__init__()
+        self.is_causal, self.num_key_value_groups, self.config = is_causal, groups, config
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The keyword arguments of every call of the attention op."""
+    # The package has a function of the same name, so the module is not an attribute to import.
+    op = importlib.import_module("embedkernels.ops.attention")
+    calls, stock = [], op.attention
+
+    def attention(*args, **kwargs):
+        calls.append(kwargs)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(op, "attention", attention)
+    return calls
+
+
+def qkv(batch=2, heads=2, q=5, k=5, dim=16, kv_heads=None, dtype=torch.float32):
+    kv_heads = kv_heads or heads
+    # As in models: (B, S, H, D) in memory, heads moved to the front.
+    return tuple(
+        torch.randn(batch, length, n, dim, dtype=dtype).transpose(1, 2).requires_grad_()
+        for length, n in ((q, heads), (k, kv_heads), (k, kv_heads))
+    )
+
+
+def test_both_functions_are_registered():
+    assert AttentionInterface._global_mapping["embedkernels"] is hf_attention.attention_forward
+    assert AttentionMaskInterface._global_mapping["embedkernels"] is masks.attention_mask
+
+
+def mask_arguments(pattern, q, k, offset, padding, config=BERT):
+    causal = pattern == "causal"
+    return {
+        "batch_size": 3,
+        "q_length": q,
+        "kv_length": k,
+        "q_offset": offset,
+        "kv_offset": 0,
+        "mask_function": causal_mask_function if causal else bidirectional_mask_function,
+        "attention_mask": padding,
+        "allow_is_causal_skip": causal,
+        "allow_is_bidirectional_skip": not causal,
+        "dtype": torch.float32,
+        "config": config,
+        "use_vmap": False,
+        "device": torch.device("cpu"),
+    }
+
+
+def to_dense(mask, q, k, causal):
+    """The dense mask that a mask of any form stands for, as the attention function reads it."""
+    if mask is None:
+        full = torch.ones(1, 1, q, k, dtype=torch.bool)
+        return full.tril() if causal and q > 1 else full
+    return masks.causal_keys_to_dense(mask, q) if mask.dim() == 2 else mask
+
+
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]], dtype=torch.bool)
+SIZES = [
+    (6, 6, 0),  # a whole sequence
+    (1, 6, 5),  # one token after five
+    (2, 6, 4),  # two tokens after four
+]
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+@pytest.mark.parametrize(("q", "k", "offset"), SIZES)
+@pytest.mark.parametrize("padding", [None, "full", "short", "long", "none masked"])
+def test_compact_masks_mean_what_the_dense_mask_says(pattern, q, k, offset, padding):
+    causal = pattern == "causal"
+    given = {
+        None: None,
+        "full": PADDING,
+        "short": PADDING[:, :4],  # the rest counts as padding
+        "long": F.pad(PADDING, (0, 3), value=True),
+        "none masked": torch.ones(3, 6, dtype=torch.bool),
+    }[padding]
+    arguments = mask_arguments(pattern, q, k, offset, given)
+    with ek.use_backend("triton"):
+        mask = masks.attention_mask(**arguments)
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    dense = sdpa_mask(**arguments | skips)
+    assert mask is None or mask.dim() == 2 or mask.shape[2] == 1, "not compact"
+    assert torch.equal(to_dense(mask, q, k, causal).expand(dense.shape), dense)
+    if padding is None and (not causal or q in (1, k)):
+        assert mask is None
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+@pytest.mark.parametrize(("q", "k", "offset"), SIZES)
+@pytest.mark.parametrize("padding", [None, PADDING, torch.ones(3, 6, dtype=torch.bool)])
+def test_on_the_cpu_the_mask_is_the_one_of_sdpa(pattern, q, k, offset, padding):
+    arguments = mask_arguments(pattern, q, k, offset, padding)
+    mask, expected = masks.attention_mask(**arguments), sdpa_mask(**arguments)
+    assert (mask is None) == (expected is None)
+    assert mask is None or torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q_offset": torch.tensor(0)},  # a static cache
+        {"kv_length": 9},  # more keys than queries have seen
+        {"mask_function": sliding_window_causal_mask_function(2)},
+        {"mask_function": and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(3, 6)))},
+        {"local_size": 4},
+        {"use_vmap": True, "attention_mask": None, "allow_is_causal_skip": False},
+        {"allow_is_causal_skip": False},
+        {"config": MISTRAL},  # may slice its mask: nobody has looked
+        {"config": None},
+    ],
+)
+def test_what_the_kernels_do_not_understand_gets_the_dense_mask(change):
+    arguments = mask_arguments("causal", 6, 6, 0, PADDING) | change
+    with ek.use_backend("triton"):
+        mask = masks.attention_mask(**arguments)
+    assert torch.equal(mask, sdpa_mask(**arguments))
+    assert mask.shape == (3, 1, 6, arguments["kv_length"])
+
+
+@pytest.mark.parametrize("pattern", ["causal", "bidirectional"])
+@pytest.mark.parametrize("padding", [None, PADDING])
+def test_making_a_compact_mask_reads_no_value(pattern, padding):
+    """On fake tensors, anything that waits for a value on the device is an error."""
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode, ek.use_backend("triton"):
+        fake = None if padding is None else mode.from_tensor(padding)
+        masks.attention_mask(**mask_arguments(pattern, 6, 6, 0, fake))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["none", "keys", "decode", "chunk", "groups", "cross"])
+def test_a_call_the_kernels_take_equals_sdpa(kind, causal, kernel_calls):
+    module = Module(causal, groups=2 if kind == "groups" else 1)
+    sizes = {"decode": {"q": 1, "k": 6}, "chunk": {"q": 2, "k": 6}, "cross": {"q": 3, "k": 6}}.get(
+        kind, {"q": 6, "k": 6}
+    )
+    q, k, v = qkv(batch=3, kv_heads=1 if kind == "groups" else 2, **sizes)
+    dense = mask = None
+    if kind != "none":
+        arguments = mask_arguments("causal" if causal else "bidirectional", q.shape[2], 6, 6 - q.shape[2], PADDING)
+        dense = sdpa_mask(**arguments)
+        with ek.use_backend("triton"):
+            mask = masks.attention_mask(**arguments)
+    expected, _ = sdpa_attention_forward(module, q, k, v, dense, scaling=0.3)
+    upstream = torch.randn(expected.shape)
+    theirs = torch.autograd.grad(expected, (q, k, v), upstream)
+    with ek.use_backend("triton"):
+        output, weights = hf_attention.attention_forward(module, q, k, v, mask, scaling=0.3)
+        ours = torch.autograd.grad(output, (q, k, v), upstream)
+    assert weights is None
+    assert len(kernel_calls) == 1
+    assert output.shape == expected.shape
+    assert output.is_contiguous()
+    # SDPA gives a row without keys zeros too.
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_one, theirs_one, rtol=1e-4, atol=1e-5)
+
+
+def test_on_the_cpu_the_call_is_that_of_sdpa(kernel_calls):
+    q, k, v = qkv(kv_heads=1)
+    module = Module(True, groups=2)
+    for mask in (None, torch.ones(2, 1, 5, 5, dtype=torch.bool).tril(), torch.randn(2, 2, 5, 5)):
+        torch.manual_seed(0)
+        expected, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=0.2)
+        torch.manual_seed(0)
+        output, _ = hf_attention.attention_forward(module, q, k, v, mask, dropout=0.2)
+        assert torch.equal(output, expected)
+    assert not kernel_calls
+
+
+def test_the_empty_static_cache_is_cut_off(kernel_calls):
+    """Causal with more keys than queries and no mask: the keys behind are not written yet."""
+    q, k, v = qkv(q=3, k=6)
+    expected, _ = sdpa_attention_forward(Module(True), q, k, v, None)
+    with torch.no_grad():
+        k[:, :, 3:] = float("nan")
+        v[:, :, 3:] = float("nan")
+    with ek.use_backend("triton"):
+        output, _ = hf_attention.attention_forward(Module(True), q, k, v, None)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert len(kernel_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("keyword", "attribute", "causal"), [(None, True, True), (False, True, False), (True, False, True)]
+)
+def test_the_keyword_is_causal_goes_before_the_attribute(keyword, attribute, causal, kernel_calls):
+    q, k, v = qkv()
+    with ek.use_backend("triton"):
+        hf_attention.attention_forward(Module(attribute), q, k, v, None, is_causal=keyword)
+    assert kernel_calls[0]["is_causal"] is causal
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"attention_mask": torch.randn(2, 1, 5, 5)},
+        {"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()},
+        {"position_bias": torch.randn(1, 2, 5, 5)},
+        {"position_bias": torch.randn(1, 2, 5, 5), "attention_mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)},
+        {"attention_mask": torch.ones(5, 5, dtype=torch.bool).tril(), "config": MISTRAL},
+        {"dim": 8},
+        {"dim": 144},
+        {"dtype": torch.float64},
+    ],
+)
+def test_what_the_kernels_do_not_take_goes_to_sdpa(call, kernel_calls):
+    call = dict(call)
+    q, k, v = qkv(dim=call.pop("dim", 16), dtype=call.pop("dtype", torch.float32))
+    module = Module(True, config=call.pop("config", BERT))
+    mask = call.pop("attention_mask", None)
+    expected, _ = sdpa_attention_forward(module, q, k, v, mask, **call)
+    with ek.use_backend("triton"):
+        output, _ = hf_attention.attention_forward(module, q, k, v, mask, **call)
+    assert torch.equal(output, expected)
+    assert not kernel_calls
+
+
+def test_a_compact_mask_on_the_torch_path_is_made_dense():
+    """A mask made for the kernels may reach a device or dtype where they do not run."""
+    q, k, v = qkv(batch=3, q=2, k=6)
+    dense = sdpa_mask(**mask_arguments("causal", 2, 6, 4, PADDING))
+    expected, _ = sdpa_attention_forward(Module(True), q, k, v, dense)
+    output, _ = hf_attention.attention_forward(Module(True), q, k, v, PADDING)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_what_nobody_would_honour_is_refused(name):
+    value = {"softcap": 30.0, "s_aux": torch.zeros(2)}[name]
+    with pytest.raises(ValueError, match=rf"does not support {name}.*eager"):
+        hf_attention.attention_forward(Module(), *qkv(), None, **{name: value})
+
+
+def test_a_window_needs_a_mask_that_contains_it():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=r"sliding_window=3 for 5 keys"):
+        hf_attention.attention_forward(Module(True), q, k, v, None, sliding_window=3)
+    hf_attention.attention_forward(Module(True), q, k, v, None, sliding_window=5)
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    hf_attention.attention_forward(Module(True), q, k, v, mask, sliding_window=3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "keys"])
+def test_packed_sequences_do_not_see_each_other(backend, causal, mask):
+    q, k, v = qkv(batch=1, q=7, k=7)
+    ends = torch.tensor([0, 3, 4, 7], dtype=torch.int32)
+    kept = torch.ones(7, 7, dtype=torch.bool).tril() if causal else torch.ones(7, 7, dtype=torch.bool)
+    given = {
+        None: None,
+        "bool": kept[None, None],
+        "float": torch.zeros(1, 1, 7, 7).masked_fill(~kept, torch.finfo(torch.float32).min),
+        "keys": torch.ones(1, 7, dtype=torch.bool) if causal else torch.ones(1, 1, 1, 7, dtype=torch.bool),
+    }[mask]
+    with ek.use_backend(backend):
+        output, _ = hf_attention.attention_forward(
+            Module(causal), q, k, v, given, cu_seq_lens_q=ends, cu_seq_lens_k=ends
+        )
+    for begin, end in ((0, 3), (3, 4), (4, 7)):
+        part = (slice(None), slice(None), slice(begin, end))
+        alone = F.scaled_dot_product_attention(q[part], k[part], v[part], is_causal=causal)
+        torch.testing.assert_close(output[:, begin:end], alone.transpose(1, 2))
+
+
+def test_packed_sequences_are_refused_where_they_cannot_be_told_apart():
+    ends = torch.tensor([0, 2, 5])
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q.* batch of 2"):
+        hf_attention.attention_forward(Module(), *qkv(), None, cu_seq_lens_q=ends)
+    with pytest.raises(ValueError, match=r"3 queries and cu_seq_lens_k for 5 keys"):
+        hf_attention.attention_forward(
+            Module(True), *qkv(batch=1, q=3), None, cu_seq_lens_q=torch.tensor([0, 3]), cu_seq_lens_k=ends
+        )
+
+
+def test_a_packed_batch_through_bert_equals_its_sequences():
+    """SDPA attends across the documents of a packed bidirectional batch; this implementation is told not to."""
+    model = build("bert").eval()
+    ek.patch(model)
+    first, second = ids(1, 4), ids(1, 3)
+    packed = {
+        "input_ids": torch.cat([first, second], 1),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
+        "cu_seq_lens_q": torch.tensor([0, 4, 7], dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, 4, 7], dtype=torch.int32),
+        "max_length_q": 4,
+        "max_length_k": 4,
+    }
+    output = model(**packed).last_hidden_state
+    torch.testing.assert_close(output[:, :4], model(first).last_hidden_state)
+    torch.testing.assert_close(output[:, 4:], model(second).last_hidden_state)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_packed_batch_through_llama_equals_stock(backend):
+    stock, patched = pair("llama")
+    packed = {"input_ids": ids(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    expected = stock(**packed).last_hidden_state
+    with ek.use_backend(backend):
+        output = patched(**packed).last_hidden_state
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    alone = stock(packed["input_ids"][:, :3]).last_hidden_state
+    torch.testing.assert_close(output[:, :3], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_llama_made_bidirectional_equals_stock(kernel_calls):
+    stock, patched = pair("llama")
+    inputs = padded(2, 5)
+    kept = inputs["attention_mask"].bool()
+    expected = stock(**inputs, is_causal=False).last_hidden_state
+    with ek.use_backend("triton"):
+        output = patched(**inputs, is_causal=False).last_hidden_state
+    torch.testing.assert_close(output[kept], expected[kept], rtol=1e-5, atol=1e-5)
+    assert kernel_calls
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_decoding_with_a_cache_in_any_steps_equals_one_forward(name, kernel_calls):
+    stock, patched = pair(name)
+    stock.eval()
+    patched.eval()
+    inputs = padded(2, 6, "left")
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    kept = inputs["attention_mask"].bool()
+    expected = stock(**inputs, position_ids=positions).last_hidden_state
+    cache, outputs = transformers.DynamicCache(config=patched.config), []
+    with ek.use_backend("triton"):
+        for begin, end in ((0, 3), (3, 5), (5, 6)):
+            output = patched(
+                input_ids=inputs["input_ids"][:, begin:end],
+                attention_mask=inputs["attention_mask"][:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            outputs.append(output.last_hidden_state)
+    torch.testing.assert_close(torch.cat(outputs, 1)[kept], expected[kept], rtol=1e-5, atol=1e-5)
+    assert len(kernel_calls) == 3
+
+
+def test_bert_as_a_decoder_with_cross_attention_equals_stock(kernel_calls):
+    config = copy.deepcopy(build("bert").config)
+    config.is_decoder = config.add_cross_attention = True
+    torch.manual_seed(0)
+    stock = transformers.BertModel(config).eval()
+    patched = copy.deepcopy(stock)
+    ek.patch(patched, strict=True)
+    inputs = padded(2, 5, "right") | {"encoder_hidden_states": torch.randn(2, 4, 32)}
+    inputs["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0]])
+    expected = stock(**inputs).last_hidden_state
+    assert torch.equal(patched(**inputs).last_hidden_state, expected)
+    with ek.use_backend("triton"):
+        torch.testing.assert_close(patched(**inputs).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert len(kernel_calls) == 2
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_batch_of_padding_only_stays_finite(name):
+    _, patched = pair(name)
+    inputs = {"input_ids": torch.full((2, 4), 1), "attention_mask": torch.zeros(2, 4, dtype=torch.long)}
+    with ek.use_backend("triton"):
+        output = patched(**inputs).last_hidden_state
+        output.backward(torch.randn(output.shape))
+    assert torch.isfinite(output).all()
+    assert all(torch.isfinite(p.grad).all() for p in patched.parameters() if p.grad is not None)
+
+
+def test_autocast_lowers_the_precision_as_sdpa_does(kernel_calls):
+    q, k, v = qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = sdpa_attention_forward(Module(), q, k, v, None)
+        with ek.use_backend("triton"):
+            output, _ = hf_attention.attention_forward(Module(), q, k, v, None)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+    assert len(kernel_calls) == 1
+
+
+def test_dropout_reaches_the_kernels(kernel_calls):
+    _, patched = pair("bert", dropout=0.25)
+    with ek.use_backend("triton"):
+        patched(ids(1, 3))
+        patched.eval()(ids(1, 3))
+    assert [call["dropout_p"] for call in kernel_calls] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_any_model_of_the_interface_can_use_it(window):
+    """Mistral has no row in the table: its masks are dense, and it equals stock, window and all."""
+    config = transformers.MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        sliding_window=window,
+    )
+    stock = transformers.MistralModel(config).eval()
+    patched = copy.deepcopy(stock)
+    patched.set_attn_implementation("embedkernels")
+    for inputs in (padded(2, 6, "left"), {"input_ids": ids(2, 6)}):
+        expected = stock(**inputs).last_hidden_state
+        with ek.use_backend("triton"):
+            output = patched(**inputs).last_hidden_state
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_kernels_compile_into_one_graph(name):
+    stock, patched = pair(name)
+    inputs = padded(2, 5)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    with ek.use_backend("triton"):
+        output = compiled(**inputs).last_hidden_state
+        output.backward(torch.randn(output.shape))
+    kept = inputs["attention_mask"].bool()
+    expected = stock(**inputs).last_hidden_state
+    torch.testing.assert_close(output[kept], expected[kept], rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
