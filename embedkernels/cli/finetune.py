@@ -1,0 +1,51 @@
+"""Fine-tuning as a command does it: runs with a progress bar, tables, a picture and metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from embedkernels.cli import plot, render, results
+from embedkernels.cli.progress import RunProgress
+from embedkernels.cli.settings import Settings
+
+
+def make_console() -> Console:
+    """The terminal; elsewhere, as in a log, lines wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def finetune(
+    settings: Settings, output: Path, runs: Sequence[str], console: Console, *, overwrite: bool, title: str = ""
+) -> dict[str, Any]:
+    """Fine-tune with each of ``runs`` and show and save what came of it.
+
+    Args:
+        settings: what to do.
+        output: directory for the models, metrics.json and the picture.
+        runs: ``("patched",)``, ``("stock",)`` or ``("stock", "patched")``.
+        console: where to print.
+        overwrite: replace an earlier run in ``output``.
+        title: heads the picture; empty for the model's name.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        CliError: something failed; nothing to show.
+    """
+    results.prepare(output, overwrite=overwrite)
+    with RunProgress(console, named=len(runs) > 1) as progress:
+        content = results.produce(settings, output, runs, progress.show)
+    plot.draw(content, runs, output / results.PLOT, title)
+    if content["report"] is not None:
+        render.report(content["report"], console)
+    render.figures(content, runs, console)
+    behind = [(f"{run} model", results.folder(output, runs, run)) for run in runs]
+    behind += [("figures", output / results.METRICS), ("picture", output / results.PLOT)]
+    render.left_behind(behind, console)
+    return content

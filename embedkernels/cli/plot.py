@@ -1,0 +1,110 @@
+"""The picture of a command's runs: loss curves, throughput and peak memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLORS = {"stock": "#8a94a6", "patched": "#0b6e99"}
+INK = "#1f2933"
+
+
+def draw(content: dict[str, Any], runs: Sequence[str], path: Path, title: str = "") -> None:
+    """Write a PNG.
+
+    Args:
+        content: what metrics.json holds.
+        runs: the runs to draw, of ``"stock"`` and ``"patched"``.
+        path: the file to write.
+        title: heads the picture; empty for the model's name.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": "#c3cad5",
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with plt.rc_context(style):
+        figure = plt.figure(figsize=(10.5, 4.6), dpi=150, layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1))
+        _losses(figure.add_subplot(grid[:, 0]), content, runs)
+        bars = (("samples per second", "samples_per_second", 1.0, "{:.3g}"), _memory_bar(content, runs))
+        for row, (title, key, unit, text) in enumerate(bars):
+            _bars(figure.add_subplot(grid[row, 1]), title, {run: content[run][key] / unit for run in runs}, text)
+        figure.suptitle(_title(content, runs, title), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _title(content: dict[str, Any], runs: Sequence[str], title: str) -> str:
+    environment = content["environment"]
+    settings = environment["settings"]
+    subject = title or Path(settings["model"]).name
+    return f"{subject}: {' and '.join(runs)}, {settings['precision']}, {environment['device_name']}"
+
+
+def _memory_bar(content: dict[str, Any], runs: Sequence[str]) -> tuple[str, str, float, str]:
+    largest = max(content[run]["peak_memory_bytes"] for run in runs)
+    unit, name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
+    return f"peak memory, {name}", "peak_memory_bytes", unit, "{:.3g}"
+
+
+def _losses(axes: Any, content: dict[str, Any], runs: Sequence[str]) -> None:
+    for index, run in enumerate(runs):
+        losses = content[run]["loss"]
+        steps = range(1, len(losses) + 1)
+        # Curves that agree lie on each other: the second is dashed, so that both are seen.
+        first = index == 0
+        axes.plot(steps, losses, color=COLORS[run], alpha=0.25, linewidth=1)
+        axes.plot(
+            steps,
+            smooth(losses),
+            color=COLORS[run],
+            linewidth=3.5 if first and len(runs) > 1 else 2,
+            linestyle="-" if first else (0, (3, 2)),
+            label=f"{run}: {_outcome(content[run])}",
+        )
+    axes.set_title("training loss", loc="left")
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", color="#e4e8ee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _outcome(run: dict[str, Any]) -> str:
+    if run.get("perplexity") is not None:
+        return f"perplexity {run['perplexity_before']:.4g} to {run['perplexity']:.4g}"
+    return f"accuracy {100 * run['accuracy_before']:.1f} % to {100 * run['accuracy']:.1f} %"
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A moving average that looks the same distance back and ahead, shorter at the ends."""
+    reach = min(8, len(values) // 12)
+    means = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        means.append(math.fsum(window) / len(window))
+    return means
+
+
+def _bars(axes: Any, title: str, values: dict[str, float], text: str) -> None:
+    names = list(reversed(values))
+    drawn = axes.barh(names, [values[name] for name in names], color=[COLORS[name] for name in names], height=0.6)
+    axes.bar_label(drawn, [text.format(values[name]) for name in names], padding=4)
+    axes.set_title(title, loc="left")
+    axes.set_xlim(0, max(values.values()) * 1.18)
+    axes.tick_params(left=False, bottom=False, labelbottom=False)
+    axes.spines["bottom"].set_visible(False)

@@ -1,0 +1,142 @@
+"""From what ``--train`` and ``--eval`` say to a table: a file, a directory, or a name of the ``datasets`` package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embedkernels.cli import tables
+from embedkernels.cli.errors import CliError, UsageError, did_you_mean, listed
+from embedkernels.cli.tables import Table
+
+# Names that evaluation splits go by, the best first.
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+
+
+def load(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
+    """The columns that ``wanted`` names, from a file or a data set.
+
+    Args:
+        source: a file; a directory that ``datasets`` saved or can read; or ``NAME[:CONFIG][:SPLIT]``.
+        argument: ``"--train"`` or ``"--eval"``.
+        wanted: the column that each argument names, by argument.
+
+    Raises:
+        UsageError: there is no such file, format, data set, split or column, or there are no rows.
+        CliError: the file or data set cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if tables.format_of(path) is None:
+            raise UsageError(
+                f"{argument}: {path}: unknown format {path.suffix or path.name!r}",
+                f"Use one of {tables.formats()} (also with .gz), or a name of the datasets package.",
+            )
+        return tables.read(path, argument, wanted)
+    # A data set's name may have a dot too, but then it has an owner: "owner/set.v2".
+    looks_like_path = source.startswith((".", "~", os.sep)) or (path.suffix and path.parent.is_dir())
+    if looks_like_path and not path.is_dir():
+        raise _no_file(path, argument)
+    return _dataset(source, argument, wanted)
+
+
+def evaluation_split(source: str) -> str | None:
+    """``NAME:SPLIT`` of the evaluation split that belongs to a data set named without a split; None if none does."""
+    if Path(source).expanduser().is_file():
+        return None
+    name, config, split = _parts(source)
+    if split is not None:
+        return None
+    found = _open(name, config, "--train")
+    known = next((one for one in EVALUATION_SPLITS if one in found), None) if isinstance(found, dict) else None
+    return None if known is None else ":".join([name, *([config] if config else []), known])
+
+
+def _no_file(path: Path, argument: str) -> UsageError:
+    folder = path.parent
+    if not folder.is_dir():
+        return UsageError(f"{argument}: there is no file {path}", f"There is no directory {folder} either.")
+    return UsageError(
+        f"{argument}: there is no file {path}",
+        f"It is looked for in {folder.resolve()}.{did_you_mean(path.name, (one.name for one in folder.iterdir()))}",
+    )
+
+
+def _parts(source: str) -> tuple[str, str | None, str | None]:
+    if Path(source).expanduser().exists():
+        return source, None, None
+    name, *rest = source.split(":")
+    if len(rest) > 2:
+        raise UsageError(f"data set {source!r} has too many parts", "Use NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.")
+    return name, (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else None)
+
+
+def _open(name: str, config: str | None, argument: str) -> Any:
+    """The data set: a dict of splits, or one split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"{argument}: there is no file {name}, and data sets need a package that is not installed",
+            f"Check the path (formats: {tables.formats()}), or pip install 'embedkernels[datasets]'.",
+        ) from error
+    path = Path(name).expanduser()
+    datasets.disable_progress_bars()
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path) if path.is_dir() else name, config)
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise UsageError(
+            f"{argument}: {name!r} is neither a file nor a data set that can be loaded ({_first_line(error)})",
+            f"Check the spelling and the network.{offline}",
+        ) from error
+    except Exception as error:  # a data set's own code or files may fail in any way
+        raise CliError(f"{argument}: data set {name!r} does not load: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _dataset(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
+    name, config, split = _parts(source)
+    found = _open(name, config, argument)
+    if isinstance(found, dict):
+        usual = ("train",) if argument == "--train" else EVALUATION_SPLITS
+        chosen = split or next((one for one in usual if one in found), None)
+        if chosen is None or chosen not in found:
+            what = f"split {split!r}" if split else f"split named {' or '.join(usual)}"
+            raise UsageError(
+                f"{argument}: data set {name!r} has no {what}",
+                f"Splits there: {listed(found)}. Name one: {name}:{next(iter(found))}.",
+            )
+        found, name = found[chosen], f"{name}:{chosen}"
+    elif split is not None:
+        raise UsageError(f"{argument}: data set {name!r} has no splits", "Leave the split out.")
+    for option, column in wanted.items():
+        if column not in found.column_names:
+            raise tables.missing_column(option, column, name, found.column_names)
+    if len(found) == 0:
+        raise UsageError(f"{argument}: {name} has no rows")
+    return Table(argument, name, {column: _values(found, column) for column in wanted.values()})
+
+
+def _values(found: Any, column: str) -> list[Any]:
+    """A column with class numbers replaced by their names."""
+    values = list(found[column])
+    feature = found.features[column]
+    inner = getattr(feature, "feature", feature)
+    names = getattr(inner, "names", None)
+    if names is None:
+        return values
+
+    def name_of(number: Any) -> Any:
+        return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+
+    if inner is feature:
+        return [name_of(value) for value in values]
+    return [None if value is None else [name_of(one) for one in value] for value in values]
