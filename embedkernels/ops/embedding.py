@@ -1,5 +1,7 @@
 """Lookup of rows in a table, with checked ids and a deterministic gradient."""
 
+# ruff: noqa: ARG001 (every function of an op takes the arguments of its schema)
+
 from __future__ import annotations
 
 import torch
@@ -20,7 +22,7 @@ def embedding(
 
     Args:
         ids: int32 or int64, any shape, values in [0, V).
-        weight: (V, D), floating point, any strides, on the device of ``ids``.
+        weight: (V, D), float32, bfloat16, float16 or float64, any strides, on the device of ``ids``.
         padding_idx: row that gets no gradient (its values are looked up like any other's). Negative values count
             from the end of the table.
         backend: ``"triton"``, ``"torch"`` or None for the best there is; also used for the gradient.
@@ -31,7 +33,7 @@ def embedding(
     Raises:
         IndexError: an id out of range. On a GPU by the next call of an op or by :func:`embedkernels.check_errors`;
             until then such an id gives a row of zeros.
-        TypeError: ids that are not int32 or int64, weight that is not floating point.
+        TypeError: ids that are not int32 or int64, weight of another dtype.
         ValueError: weight that is not 2-D or is on another device, padding_idx out of range.
 
     Example:
@@ -52,8 +54,8 @@ def _check(ids: Tensor, weight: Tensor) -> None:
         raise TypeError(f"embedding: weight must be a Tensor, got {type(weight).__name__}")
     if weight.dim() != 2:
         raise ValueError(f"embedding: weight must be 2-D (V, D), got shape {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        raise TypeError(f"embedding: weight must be floating point, got {weight.dtype}")
+    if weight.dtype not in _grad.DTYPES:
+        raise TypeError(f"embedding: weight must be one of {_grad.names(_grad.DTYPES)}, got {weight.dtype}")
     if ids.device != weight.device:
         raise ValueError(f"embedding: ids is on {ids.device}, weight is on {weight.device}")
 
@@ -62,12 +64,23 @@ _library = torch.library.Library("embedkernels", "FRAGMENT")
 _library.define("embedding(Tensor weight, Tensor ids, int padding_idx, str backend='auto') -> Tensor")
 
 
-def _impl(weight: Tensor, ids: Tensor, padding_idx: int, backend: str = "auto") -> Tensor:  # noqa: ARG001
+def _impl(weight: Tensor, ids: Tensor, padding_idx: int, backend: str = "auto") -> Tensor:
     _check(ids, weight)
     id_errors.raise_pending(weight.device)
-    choose("embedding", weight.device, backend)
-    id_errors.check_ids(ids, weight.shape[0], "token", "embedding")
-    return reference.embedding(ids, weight)
+    if choose("embedding", weight.device, backend).backend == "torch":
+        # Reads the ids: on a GPU a sync, which the triton backend is there to avoid.
+        id_errors.check_ids(ids, weight.shape[0], "token", "embedding")
+        return reference.embedding(ids, weight)
+    from embedkernels.kernels.embedding import embedding_forward
+
+    out = weight.new_empty((ids.numel(), weight.shape[1]))
+    if out.numel() > 0:
+        state = id_errors.error_state(weight.device)
+        rows = weight if weight.stride(1) == 1 else weight.contiguous()
+        with torch.cuda.device_of(weight):
+            embedding_forward(out, ids.contiguous(), rows, (state.flag, state.record))
+        id_errors.after_launch(weight.device)
+    return out.view(*ids.shape, weight.shape[1])
 
 
 _library.impl("embedding", _impl, "CompositeExplicitAutograd")
@@ -78,7 +91,7 @@ def _fake(weight: Tensor, ids: Tensor, padding_idx: int, backend: str = "auto") 
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     weight, ids, ctx.padding_idx, ctx.backend = inputs
     ctx.num_rows = weight.shape[0]
     ctx.save_for_backward(ids)

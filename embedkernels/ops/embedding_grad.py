@@ -1,10 +1,12 @@
-"""The gradient of an embedding table: a plan made from the ids alone, and a deterministic sum of gradient rows with it.
+"""The gradient of an embedding table: a plan made from the ids, and a deterministic sum of gradient rows with it.
 
 ``embedding_plan`` sorts the ids once; ``embedding_grad`` adds the gradient rows of every row of the table in fp32, in
 an order that does not depend on timing, and writes the dense gradient. The op
 ``torch.ops.embedkernels.embedding_backward`` does both and stands behind every autograd formula that needs a
 table's gradient.
 """
+
+# ruff: noqa: ARG001 (every function of an op takes the arguments of its schema)
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ from embedkernels.reference import embedding as reference
 
 _ID_DTYPES = (torch.int32, torch.int64)
 _LIMIT = 2**31
+# What tables may hold: other dtypes have no arithmetic to add rows with.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class EmbeddingPlan:
     segment_offsets: Tensor
     count: Tensor
     num_rows: int
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """The dtypes in words, for a message."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def check_ids_tensor(ids: Tensor, op: str) -> None:
@@ -100,7 +109,7 @@ def embedding_plan(
     else:
         padding = padding_idx
     chosen = choose("embedding_grad", ids.device, backend).backend
-    return EmbeddingPlan(*_plan(ids, num_embeddings, padding, vocab_start, chosen), num_embeddings)
+    return _plan(ids, num_embeddings, padding, vocab_start, chosen)
 
 
 def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend | None = None) -> Tensor:
@@ -109,7 +118,7 @@ def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend |
     Added in fp32 (fp64 for double), bitwise reproducible, every row written (zeros where there is no gradient).
 
     Args:
-        grad_rows: (N, D) or (*ids.shape, D), floating point, any strides.
+        grad_rows: (N, D) or (*ids.shape, D), float32, bfloat16, float16 or float64, any strides.
         plan: of the ids, on the same device.
         backend: ``"extension"``, ``"triton"``, ``"torch"`` or None for the best there is.
 
@@ -117,7 +126,7 @@ def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend |
         (V, D) in the dtype of ``grad_rows``.
 
     Raises:
-        TypeError: grad_rows that is not floating point.
+        TypeError: grad_rows of another dtype.
         ValueError: another number of rows than the plan has ids, or another device.
     """
     op = "embedding_grad"
@@ -129,8 +138,10 @@ def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend |
 
 
 def _check_grad_rows(grad_rows: Tensor, n: int, device: torch.device, op: str) -> None:
-    if not grad_rows.is_floating_point():
-        raise TypeError(f"{op}: grad_rows must be floating point, got {grad_rows.dtype}")
+    if not isinstance(grad_rows, Tensor):
+        raise TypeError(f"{op}: grad_rows must be a Tensor, got {type(grad_rows).__name__}")
+    if grad_rows.dtype not in DTYPES:
+        raise TypeError(f"{op}: grad_rows must be one of {names(DTYPES)}, got {grad_rows.dtype}")
     if grad_rows.dim() < 1 or grad_rows.shape[:-1].numel() != n:
         raise ValueError(
             f"{op}: grad_rows must have one row for each of the {n} ids, got shape {tuple(grad_rows.shape)}"
@@ -139,19 +150,28 @@ def _check_grad_rows(grad_rows: Tensor, n: int, device: torch.device, op: str) -
         raise ValueError(f"{op}: grad_rows is on {grad_rows.device}, the ids are on {device}")
 
 
-def _plan(ids: Tensor, rows: int, padding: int, start: int, backend: Backend) -> tuple[Tensor, ...]:
+def _plan(ids: Tensor, num_rows: int, padding: int, start: int, backend: Backend) -> EmbeddingPlan:
     if backend == "extension":
-        made: tuple[Tensor, ...] = torch.ops.embedkernels_ext.embedding_plan(ids.contiguous(), rows, padding, start)
-        return made
-    # The sort dominates and is PyTorch's own on both other backends.
-    return reference.embedding_plan(ids, rows, padding, start)
+        made = torch.ops.embedkernels_ext.embedding_plan(ids.contiguous(), num_rows, padding, start)
+    else:
+        # The sort is most of it, and is PyTorch's own on both.
+        made = reference.embedding_plan(ids, num_rows, padding, start)
+    order, segment_ids, segment_offsets, count = made
+    return EmbeddingPlan(order, segment_ids, segment_offsets, count, num_rows)
 
 
 def _dense(rows: Tensor, plan: EmbeddingPlan, backend: Backend) -> Tensor:
     parts = (plan.order, plan.segment_ids, plan.segment_offsets, plan.count, plan.num_rows)
+    if 0 in (*rows.shape, plan.num_rows):
+        return rows.new_zeros((plan.num_rows, rows.shape[1]))
     if backend == "extension":
         out: Tensor = torch.ops.embedkernels_ext.embedding_grad_dense(rows.contiguous(), *parts)
         return out
+    if backend == "triton":
+        from embedkernels.kernels.embedding_grad import embedding_grad_dense
+
+        with torch.cuda.device_of(rows):
+            return embedding_grad_dense(rows, *parts)
     return reference.embedding_grad_dense(rows, *parts)
 
 
@@ -180,12 +200,11 @@ def _backward_impl(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: i
     chosen = choose("embedding_grad", grad_rows.device, backend).backend
     width = grad_rows.shape[-1]
     rows = grad_rows.reshape(n, width)
-    if n == 0 or width == 0 or num_rows == 0:
+    if 0 in (n, width, num_rows):
         return grad_rows.new_zeros((num_rows, width))
     if chosen == "torch" and rows.device.type == "cpu":
         return _aten_cpu(rows, ids.reshape(-1), num_rows, padding_idx)
-    plan = EmbeddingPlan(*_plan(ids, num_rows, padding_idx, 0, chosen), num_rows)
-    return _dense(rows, plan, chosen)
+    return _dense(rows, _plan(ids, num_rows, padding_idx, 0, chosen), chosen)
 
 
 _library.impl("embedding_backward", _backward_impl, "CompositeExplicitAutograd")
@@ -196,7 +215,7 @@ def _backward_fake(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: i
     return grad_rows.new_empty((num_rows, grad_rows.shape[-1]))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     grad_rows, ids, ctx.num_rows, ctx.padding_idx, ctx.backend = inputs
     ctx.shape = grad_rows.shape
     ctx.save_for_backward(ids)
