@@ -16,7 +16,8 @@ are cut into chunks, and a first kernel computes the per-row sums that the norm 
 Sums over rows are deterministic: a program adds its rows in order and stores one partial row, and
 ``embed_bwd_reduce_kernel`` adds the partial rows in order. No atomics.
 
-Addresses are 64-bit; n < 2**31. Each kernel's twelve arguments from ``ids_ptr`` to ``type_period`` are the tables.
+Addresses are 64-bit; rows are numbered in 32 bits, and a loop's last step past them fits too (``MOST_ROWS``).
+Each kernel's twelve arguments from ``ids_ptr`` to ``type_period`` are the tables.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ from embedkernels.kernels.ids import report_bad_id
 from embedkernels.kernels.random import row_keep_mask
 from embedkernels.kernels.specs import CompileSpec
 
+MOST_ROWS = 2**30 - 2**16
 WIDEST = 8192
-CHUNK = 2048
-# Programs of the backward kernel when every one leaves a partial row of the norm's gradients: enough to cover the
-# memory's latency, few enough that the partial rows stay small beside the gradient itself.
-PROGRAMS_PER_SM = 4
-TILES_PER_PROGRAM = 2
+CHUNK = 1024
+# Backward, when every program leaves a partial row of the norm's gradients: as many programs as fill half of the
+# multiprocessors' threads, but each with a few tiles, so that the partial rows stay small beside the gradient.
+WARPS_PER_SM = 32
+TILES_PER_PROGRAM = 4
+# The sum of those rows: narrow columns, so that enough programs share it, and many loads in flight in each.
+REDUCE_ROWS = 128
+REDUCE_COLUMNS = 16
 # What may change from launch to launch without a new compilation.
 VARYING = ("n", "token_rows", "position_rows", "position_start", "position_period", "type_rows", "type_period")
 
@@ -52,9 +57,19 @@ def _table(table_ptr, table_rows, ids, live, rows, columns, errors, D: tl.conste
     if REPORT:
         # Every chunk of a row meets the same ids: the first one reports.
         bad = live & (known == 0) & (tl.program_id(1) == 0)
-        report_bad_id(bad, ids, rows, table_rows, TABLE, errors[0], errors[1])
+        report_bad_id(bad, ids, rows.to(tl.int64), table_rows, TABLE, errors[0], errors[1])
     at = table_ptr + ids[:, None] * D + columns[None, :]
     return tl.load(at, mask=known[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _every_row(row_ptr, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_N, BLOCK_D) fp32, one row of memory in every row of the tile.
+
+    Loaded in the tile's own shape: a (BLOCK_D,) load has another layout, and shared memory would lie between the two.
+    """
+    at = row_ptr + tl.zeros((BLOCK_N, 1), dtype=tl.int32) + columns[None, :]
+    return tl.load(at, mask=(columns < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -70,15 +85,15 @@ def _summed_rows(rows, live, columns, tables, errors, D: tl.constexpr, POSITION:
     ids = tl.load(ids_ptr + rows, mask=live, other=0).to(tl.int64)
     x = _table(weight_ptr, token_rows, ids, live, rows, columns, errors, D, 0, REPORT)
     if TYPE == 1:
-        x += tl.load(type_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        x += _every_row(type_weight_ptr, columns, D, rows.shape[0])
     if TYPE == 2:
-        ids = tl.load(type_ids_ptr + rows.to(tl.int32) % type_period, mask=live, other=0).to(tl.int64)
+        ids = tl.load(type_ids_ptr + rows % type_period, mask=live, other=0).to(tl.int64)
         x += _table(type_weight_ptr, type_rows, ids, live, rows, columns, errors, D, 2, REPORT)
     if POSITION == 1:
-        ids = position_start + (rows.to(tl.int32) % position_period).to(tl.int64)
+        ids = (position_start + rows % position_period).to(tl.int64)
         x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, False)
     if POSITION == 2:
-        ids = tl.load(position_ids_ptr + rows.to(tl.int32) % position_period, mask=live, other=0).to(tl.int64)
+        ids = tl.load(position_ids_ptr + rows % position_period, mask=live, other=0).to(tl.int64)
         x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, REPORT)
     return x
 
@@ -92,7 +107,7 @@ def embed_stats_kernel(
     """Mean and 1/std of summed rows wider than a tile: one walk for the mean, one for the centred squares."""
     tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
@@ -120,7 +135,7 @@ def embed_fwd_kernel(
     """One tile of y. Mean and rstd are written with it, or read where WIDE."""
     tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     first = tl.program_id(1) * BLOCK_D
     columns = first + tl.arange(0, BLOCK_D)
@@ -139,13 +154,13 @@ def embed_fwd_kernel(
             tl.store(mean_ptr + rows, mean, mask=live)
             tl.store(rstd_ptr + rows, rstd, mask=live)
         if WEIGHT:
-            y *= tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            y *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
         if BIAS:
-            y += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            y += _every_row(norm_bias_ptr, columns, D, BLOCK_N)
     if DROPOUT:
         keep = row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D)
         y = tl.where(keep, y * scale, 0.0)
-    at = out_ptr + rows[:, None] * D + columns[None, :]
+    at = out_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
@@ -155,7 +170,7 @@ def _upstream(
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the norm's output: that of y, through the dropout mask drawn again."""
-    at = grad_ptr + rows[:, None] * D + columns[None, :]
+    at = grad_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
     grad = tl.load(at, mask=live[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
     if DROPOUT:
         keep = row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D)
@@ -174,7 +189,7 @@ def embed_projection_kernel(
     """For rows wider than a tile, with g = grad·weight: projection[0] = mean(g·x-hat), projection[1] = mean(g)."""
     tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
@@ -185,7 +200,7 @@ def embed_projection_kernel(
         grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D, BLOCK_D, DROPOUT)
         x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
         if WEIGHT:
-            grad *= tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+            grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
         along += grad * ((x - mean[:, None]) * rstd[:, None])
         level += grad
     tl.store(projection_ptr + rows, tl.sum(along, axis=1) / D, mask=live)
@@ -213,8 +228,8 @@ def embed_bwd_kernel(
     inside = columns < D
     weight_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     bias_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.num_programs(0)):
-        rows = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for start in range(tl.program_id(0) * BLOCK_N, n, tl.num_programs(0) * BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
         live = rows < n
         grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D, BLOCK_D, DROPOUT)
         if NORM:
@@ -228,7 +243,7 @@ def embed_bwd_kernel(
                 bias_sum += grad
             if NEED_ROWS:
                 if WEIGHT:
-                    grad *= tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+                    grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
                 if WIDE:
                     along = tl.load(projection_ptr + rows, mask=live, other=0.0)
                     level = tl.load(projection_ptr + n + rows, mask=live, other=0.0)
@@ -237,7 +252,7 @@ def embed_bwd_kernel(
                     level = tl.sum(grad, axis=1) / D
                 grad = (grad - x_hat * along[:, None] - level[:, None]) * rstd[:, None]
         if NEED_ROWS:
-            at = grad_rows_ptr + rows[:, None] * D + columns[None, :]
+            at = grad_rows_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
             tl.store(at, grad.to(grad_rows_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
     if NEED_NORM:
         at = partial_ptr + tl.program_id(0).to(tl.int64) * (2 * D) + columns
@@ -279,14 +294,20 @@ class Tile:
 
 
 @functools.cache
-def tile(width: int, norm: bool, backward: bool) -> Tile:
-    """The tile of a row width. The backward kernel holds two running sums beside the row, hence more warps."""
+def tile(width: int, itemsize: int, norm: bool, backward: bool) -> Tile:
+    """The tile of a row width.
+
+    Forward: 32 bytes of a row per thread. Backward: 16, since two running sums stay in registers beside the row. At
+    most 512 threads: with more, a thread has too few registers for what the widest rows leave it to hold.
+    """
     block = max(16, triton.next_power_of_2(width))
     if block > (WIDEST if norm else CHUNK):
-        return Tile(1, CHUNK, 8, triton.cdiv(width, CHUNK))
-    if block <= 2048:
-        return Tile(2048 // block, block, 8 if backward else 4, 1)
-    return Tile(1, block, min(16, block // 512), 1)
+        return Tile(1 if norm or backward else 2, CHUNK, 4, triton.cdiv(width, CHUNK))
+    per_warp = 32 * (16 if backward else 32) // itemsize
+    fewest_warps = 2 if backward else 4
+    if block < fewest_warps * per_warp:
+        return Tile(4 * per_warp // block, block, 4, 1)
+    return Tile(1, block, min(16, block // per_warp), 1)
 
 
 @dataclass(frozen=True)
@@ -338,7 +359,7 @@ def embed_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill ``out`` (N, D); returns the rows' mean and rstd, fp32 (N), empty without a norm."""
     n = inputs.ids.numel()
-    t = tile(inputs.weight.shape[1], norm, False)
+    t = tile(inputs.weight.shape[1], inputs.weight.itemsize, norm, False)
     mean, rstd = (torch.empty(n if norm else 0, dtype=torch.float32, device=out.device) for _ in range(2))
     grid = (triton.cdiv(n, t.block_n), t.chunks)
     common = {**inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1}
@@ -370,11 +391,11 @@ def embed_backward(
     """
     n, width = inputs.ids.numel(), inputs.weight.shape[1]
     device = grad.device
-    t = tile(width, norm, True)
+    t = tile(width, inputs.weight.itemsize, norm, True)
     tiles = triton.cdiv(n, t.block_n)
     programs = tiles
     if need_norm:
-        most = max(1, _multiprocessors(device) * PROGRAMS_PER_SM // t.chunks)
+        most = max(1, _multiprocessors(device) * WARPS_PER_SM // (t.num_warps * t.chunks))
         programs = min(most, triton.cdiv(tiles, TILES_PER_PROGRAM))
     grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
     partial = torch.empty((programs if need_norm else 0, 2, width), dtype=torch.float32, device=device)
@@ -398,20 +419,16 @@ def embed_backward(
         torch.empty_like(p) if need_norm and p is not None else none for p in (norm_weight, norm_bias)
     )
     if need_norm:
-        block = 16
-        embed_bwd_reduce_kernel[(triton.cdiv(width, block), 2)](
-            weight_grad, bias_grad, partial, programs, D=width, BLOCK_P=128, BLOCK_D=block,
+        embed_bwd_reduce_kernel[(triton.cdiv(width, REDUCE_COLUMNS), 2)](
+            weight_grad, bias_grad, partial, programs, D=width, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS,
             WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, num_warps=4,
         )  # fmt: skip
     return grad_rows, weight_grad, bias_grad
 
 
 _POINTERS = {
-    "out_ptr": "x", "grad_ptr": "x", "grad_rows_ptr": "x", "weight_ptr": "x", "position_weight_ptr": "x",
-    "type_weight_ptr": "x", "norm_weight_ptr": "x", "norm_bias_ptr": "x", "norm_weight_grad_ptr": "x",
-    "norm_bias_grad_ptr": "x", "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32",
-    "ids_ptr": "i64", "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32",
-    "record_ptr": "i64",
+    "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32", "ids_ptr": "i64",
+    "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32", "record_ptr": "i64",
 }  # fmt: skip
 
 
@@ -419,14 +436,14 @@ def compile_specs() -> list[CompileSpec]:
     """Every tile with all tables, ids from memory, norm and dropout; token ids alone for the widest rows."""
     specs = []
 
-    def add(kernel: Any, dtype: str, label: str, num_warps: int, **constexprs: Any) -> None:
+    def add(kernel: Any, dtype: str, num_warps: int, label: str = "", **constexprs: Any) -> None:
         signature = {}
         for name in kernel.arg_names:
             if name.endswith("_ptr"):
-                signature[name] = "*" + _POINTERS[name].replace("x", dtype)
-            elif name not in kernel_constexprs(kernel):
+                signature[name] = "*" + _POINTERS.get(name, dtype)
+            elif name not in _constexprs(kernel):
                 signature[name] = "fp32" if name in ("eps", "p", "scale") else "i32"
-        flags = {name: constexprs.get(name, True) for name in kernel_constexprs(kernel)}
+        flags = {name: constexprs.get(name, True) for name in _constexprs(kernel)}
         specs.append(
             CompileSpec(
                 f"{kernel.__name__}[d{constexprs['D']},{label}{dtype}]", kernel, signature, flags, num_warps, 1,
@@ -434,23 +451,23 @@ def compile_specs() -> list[CompileSpec]:
             )
         )  # fmt: skip
 
-    for dtype in ("bf16", "fp32"):
+    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         for width in (64, 384, 768, 1024, 2048, 4096, 8192, 16384):
             for backward in (False, True):
-                t = tile(width, True, backward)
+                t = tile(width, itemsize, True, backward)
                 common = {
                     "D": width, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": 2, "TYPE": 2,
                     "WIDE": t.chunks > 1,
                 }  # fmt: skip
-                main, extra = (
-                    (embed_bwd_kernel, embed_projection_kernel) if backward else (embed_fwd_kernel, embed_stats_kernel)
-                )
-                add(main, dtype, "", t.num_warps, **common)
+                add(embed_bwd_kernel if backward else embed_fwd_kernel, dtype, t.num_warps, **common)
                 if t.chunks > 1:
-                    add(extra, dtype, "", t.num_warps, **common)
-            add(embed_bwd_reduce_kernel, dtype, "", 4, D=width, BLOCK_P=128, BLOCK_D=16)
+                    add(embed_projection_kernel if backward else embed_stats_kernel, dtype, t.num_warps, **common)
+        t = tile(4096, itemsize, False, False)
+        tokens = {"D": 4096, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WIDE": True}
+        add(embed_fwd_kernel, dtype, t.num_warps, "tokens,", **tokens, POSITION=0, TYPE=0, NORM=False, DROPOUT=False)
+        add(embed_bwd_reduce_kernel, dtype, 4, D=768, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS)
     return specs
 
 
-def kernel_constexprs(kernel: Any) -> list[str]:
+def _constexprs(kernel: Any) -> list[str]:
     return [parameter.name for parameter in kernel.params if parameter.is_constexpr]

@@ -16,15 +16,14 @@ def keep_from_bits(bits, p):
 def row_keep_mask(seed, rows, first_column, p, COLUMNS: tl.constexpr):
     """Dropout mask of a tile of ``embed``: (R, COLUMNS) bool, True where the element survives.
 
-    Element (r, c) uses word c % 4 of counter (c // 4, r's low half, r's high half): one Philox call serves four
-    neighbours. ``rows`` is (R,) int64, ``first_column`` and COLUMNS are multiples of 4.
+    Element (r, c) uses word c % 4 of counter (c // 4, r, 0, 0): one Philox call serves four neighbours. ``rows`` is
+    (R,) int32, not negative; ``first_column`` and COLUMNS are multiples of 4.
     """
     group = first_column // 4 + tl.arange(0, COLUMNS // 4)
     zero = tl.zeros((rows.shape[0], COLUMNS // 4), dtype=tl.uint32)
     c0 = zero + group.to(tl.uint32)[None, :]
-    c1 = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    c2 = zero + (rows >> 32).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, zero, ROUNDS)
+    c1 = zero + rows.to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, ROUNDS)
     even = tl.interleave(keep_from_bits(w0, p), keep_from_bits(w2, p))
     odd = tl.interleave(keep_from_bits(w1, p), keep_from_bits(w3, p))
     return tl.interleave(even, odd)
