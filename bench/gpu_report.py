@@ -67,14 +67,14 @@ def run_session(
     machine: Machine,
     report: dict[str, Any],
     save: Callable[[], None],
-    limit: float = LIMIT - OVERHEAD,
+    limit: float | None = None,
 ) -> None:
-    """Run the parts in order, within ``limit`` seconds altogether.
+    """Run the parts in order, within ``limit`` seconds altogether (None: what a session may take).
 
     A part may take its own share and whatever is not reserved by the parts after it: time that was left over, and
     the shares of parts that are not run.
     """
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + (LIMIT - OVERHEAD if limit is None else limit)
     with TemporaryDirectory(prefix="gpu-report-") as scratch:
         for done, part in enumerate(parts):
             reserved = sum(later.seconds for later in parts[done + 1 :] if machine.gpu or not later.needs_gpu)

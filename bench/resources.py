@@ -264,7 +264,13 @@ def measure(modules: Iterable[str], targets: Iterable[str], jobs: int = 2) -> li
     A compiler that crashes takes its process along; what was left is then compiled one process at a time, so that
     the crash is charged to the spec that caused it.
     """
-    tasks = [(module, name, target) for module in modules for name in specs_of(module) for target in targets]
+    tasks = [
+        (module, name, target)
+        for module in modules
+        for name, spec in specs_of(module).items()
+        for target in targets
+        if spec.targets is None or target in spec.targets
+    ]
     results: dict[tuple[str, str, str], Resources] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_enter_worker) as pool:

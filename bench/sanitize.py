@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
 
     deadline = time.monotonic() + args.seconds
     command = [sys.executable, "-m", "bench.sanitize", "--launch", "--device", args.device]
-    names = list(launches())
+    names = [name for name in launches() if args.only in (None, name)]
     result: dict[str, Any] = {"launches": {}, "tools": {}, "problems": []}
     with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1, 8)) as pool:
         runs = pool.map(lambda name: _run([*command, "--only", name], deadline), names)
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         def sanitized(tool: str) -> dict[str, Any]:
             # Without PyTorch's pool every tensor is an allocation of its own, and leaving it is an error.
             return _run(
-                [sanitizer, *TOOLS[tool], *options, *command],
+                [sanitizer, *TOOLS[tool], *options, *command, *(["--only", args.only] if args.only else [])],
                 deadline,
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )

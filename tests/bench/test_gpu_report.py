@@ -1,0 +1,219 @@
+"""A GPU session reports everything that happened in it: what passed, failed, crashed or ran out of time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_report, parts, processes
+from bench.parts import Machine, Part
+
+GPU, NO_GPU = Machine("90"), Machine(None)
+
+
+def script(code: str) -> Any:
+    """A part's command that runs Python code with ``out`` set to its result file."""
+    return lambda _machine, _seconds, out: [sys.executable, "-c", f"out = {str(out)!r}\n{code}"]
+
+
+def write(value: Any) -> str:
+    return f"open(out, 'w').write({json.dumps(value)!r})\n"
+
+
+SUITE = {
+    "suite": "embed",
+    "tiny": False,
+    "absent_rivals": ["liger_kernel"],
+    "ceilings": {"copy_bytes_per_s": 3e12, "bf16_flops_per_s": 8e14},
+    "problems": [],
+    "cases": [
+        {
+            "name": "bert",
+            "floors": {"training": {"bytes": 3e7, "flops": 0}},
+            "rivals": [
+                {
+                    "rival": "eager",
+                    "ours": False,
+                    "status": "ok",
+                    "detail": "",
+                    "passes": {
+                        "training": {"median_us": 40.0, "p10_us": 39.0, "p90_us": 41.0, "peak_bytes": 1 << 20}
+                    },
+                },
+                {
+                    "rival": "ours",
+                    "ours": True,
+                    "status": "ok",
+                    "detail": "",
+                    "passes": {"training": {"median_us": 50.0, "p10_us": 49.0, "p90_us": 51.0, "peak_bytes": 0}},
+                },
+                {"rival": "odd", "ours": False, "status": "wrong", "detail": "y: 1|2", "passes": {}},
+            ],
+        },
+        {"name": "late", "rivals": [], "not_run": "out of time"},
+    ],
+}
+GOOD = Part("embed", 20, script(write(SUITE)))
+CRASHING = Part("step", 20, script("print('about to fall')\nimport os\nos.abort()"))
+HANGING = Part(
+    "attention",
+    2,
+    script(write({**SUITE, "problems": ["half done"]}) + "print('asleep', flush=True)\nimport time\ntime.sleep(600)"),
+)
+NEEDS_GPU = Part("sanitizer", 5, script("raise SystemExit(5)"), needs_gpu=True)
+
+
+def session(
+    monkeypatch: pytest.MonkeyPatch, out: Path, chosen: list[Part], machine: Machine = GPU
+) -> tuple[int, dict[str, Any], str]:
+    monkeypatch.setattr(gpu_report, "this_machine", lambda: machine)
+    monkeypatch.setattr(gpu_report, "choose", lambda *_: chosen)
+    code = gpu_report.main(["--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md"]
+    return code, json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
+
+
+def test_a_good_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code, report, text = session(monkeypatch, tmp_path / "deep" / "out", [GOOD])
+    assert code == 0
+    assert report["ok"]
+    assert report["schema"] == 1
+    part = report["parts"][0]
+    assert (part["name"], part["status"], part["data"]) == ("embed", "passed", SUITE)
+    for key in ("gpu", "clocks", "cpu", "versions", "commit", "modified", "sources_sha256", "clocks_at_end"):
+        assert key in report["environment"]
+    assert report["environment"]["versions"]["torch"]
+    assert len(report["environment"]["sources_sha256"]) == 64
+    assert "| embed | passed |" in text
+
+
+def test_losses_wrong_results_and_what_is_missing_are_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, _, text = session(monkeypatch, tmp_path, [GOOD])
+    assert "bert, training, call: ours 50.0 µs, eager 40.0 µs (1.25x slower)" in text
+    assert "| bert | training | ours | 50.0 | 49.0–51.0 | 0.80 |" in text
+    assert "| 20% |" in text, "10 µs of traffic at 3 TB/s in 50 µs"
+    assert "**wrong**: y: 1\\|2" in text
+    assert "| late |" in text
+    assert "**out of time**" in text
+    assert "Not installed here: liger_kernel" in text
+
+
+def test_a_crash_is_reported_and_the_next_part_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code, report, text = session(monkeypatch, tmp_path, [CRASHING, GOOD])
+    assert code == 1
+    assert not report["ok"]
+    crashed, good = report["parts"]
+    assert (crashed["status"], crashed["detail"], crashed["data"]) == ("failed", "exit code -6", None)
+    assert "about to fall" in crashed["output"]
+    assert good["status"] == "passed"
+    assert "| step | **failed**: exit code -6 |" in text
+    assert "about to fall" in text
+    assert "It left no result." in text
+
+
+def test_a_part_out_of_time_is_stopped_and_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_report, "LIMIT", gpu_report.OVERHEAD + 3.0)
+    started = time.monotonic()
+    code, report, text = session(monkeypatch, tmp_path, [HANGING])
+    assert time.monotonic() - started < 60
+    assert code == 1
+    part = report["parts"][0]
+    assert part["status"] == "timed out"
+    assert part["data"]["problems"] == ["half done"]
+    assert "asleep" in part["output"]
+    assert "**timed out**: stopped after 3 s" in text
+    assert "half done" in text
+
+
+def test_time_that_is_left_over_goes_to_the_next_parts(tmp_path: Path) -> None:
+    report: dict[str, Any] = {"parts": []}
+    chosen = [Part("embed", 20, script("")), NEEDS_GPU, Part("step", 30, script(""))]
+    gpu_report.run_session(chosen, NO_GPU, report, lambda: None, limit=100)
+    first, skipped, last = report["parts"]
+    assert first["limit_s"] == pytest.approx(100 - 30, abs=1), "all but what the last part is promised"
+    assert skipped["status"] == "not run"
+    assert 90 < last["limit_s"] <= 100
+
+
+def test_a_machine_without_a_gpu_says_so_and_is_good(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report, text = session(monkeypatch, tmp_path, [NEEDS_GPU, GOOD], NO_GPU)
+    assert code == 0
+    assert not report["gpu"]
+    assert report["parts"][0]["detail"] == "no GPU"
+    assert "No GPU here" in capsys.readouterr().out
+    assert "nothing below was measured on a GPU" in text
+    assert "| sanitizer | not run: no GPU |" in text
+
+
+def test_an_unknown_part_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_report.main(["--out", str(tmp_path / "out"), "--parts", "embed,speed"]) == 2
+    assert "PARTS: there is no speed; expected some of build," in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_are_chosen_by_name_and_machine() -> None:
+    def names(wanted: str, machine: Machine) -> list[str]:
+        return [part.name for part in parts.choose(wanted, machine)]
+
+    assert names("step, embed", GPU) == ["embed", "step"]
+    assert "resources" not in names("", GPU)
+    assert "resources" in names("", NO_GPU)
+    assert names("resources", GPU) == ["resources"]
+    assert set(names("", GPU)) == {"build", "tests", "sanitizer", "embed", "embedding_grad", "attention", "step"}
+
+
+def test_the_shares_fit_into_nine_minutes() -> None:
+    assert sum(part.seconds for part in parts.PARTS) + parts.OVERHEAD <= parts.LIMIT <= 9 * 60
+    for part in parts.PARTS:
+        for machine in (GPU, NO_GPU):
+            command = part.command(machine, 60, Path("x.json"))
+            assert command[:2] == [sys.executable, "-m"]
+            assert command[-2:] == ["--out", "x.json"] or "x.json" in command
+
+
+def test_a_real_dry_run_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The parts as they are, on this machine's CPU."""
+    monkeypatch.setattr(gpu_report, "this_machine", lambda: NO_GPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    code = gpu_report.main(["--out", str(tmp_path), "--parts", "attention,step"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 0, (tmp_path / "report.md").read_text()
+    assert [part["status"] for part in report["parts"]] == ["passed", "passed"]
+    step = report["parts"][1]["data"]["cases"][0]
+    assert {entry["rival"]: entry["status"] for entry in step["rivals"]} == {
+        "stock": "ok",
+        "ours": "ok",
+        "stock, torch.compile": "ok",
+    }
+    assert "Bert" in step["patch_report"]
+    assert "A dry run on tiny sizes" in (tmp_path / "report.md").read_text()
+
+
+def test_a_stopped_command_takes_its_children_along(tmp_path: Path) -> None:
+    marker = tmp_path / "alive"
+    child = f"import time; time.sleep(2.5); open({str(marker)!r}, 'w')"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    finished = processes.run([sys.executable, "-c", code], 1.0)
+    assert finished.exit_code == processes.TIMED_OUT
+    assert finished.seconds < 5
+    time.sleep(2.5)
+    assert not marker.exists()
+
+
+def test_a_command_that_ignores_the_request_to_stop_is_stopped() -> None:
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('no', flush=True); time.sleep(600)"
+    )
+    finished = processes.run([sys.executable, "-c", code], 1.0)
+    assert finished.exit_code == processes.TIMED_OUT
+    assert finished.output == "no\n"
+    assert finished.seconds < 1.0 + processes.GRACE + 3

@@ -1,0 +1,69 @@
+"""The record of a test run tells what passed, what failed and what was running when it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.environment import ROOT
+
+TESTS = """
+import pytest, time
+def test_good(): pass
+def test_bad(): assert 1 == 2, "not today"
+@pytest.mark.skip(reason="no")
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise RuntimeError("no fixture")
+def test_error(broken): pass
+def test_endless(): time.sleep({seconds})
+"""
+
+
+def start(tmp_path: Path, seconds: float) -> tuple[subprocess.Popen[bytes], Path]:
+    file, out = tmp_path / "test_some.py", tmp_path / "tests.json"
+    file.write_text(TESTS.format(seconds=seconds))
+    command = [sys.executable, "-m", "bench.gpu_tests", "--out", str(out), "--", str(file), f"--rootdir={tmp_path}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), out
+
+
+def check(result: dict[str, Any]) -> None:
+    assert result["selected"] == 5
+    assert result["counts"]["failed"] == 2
+    assert result["counts"]["skipped"] == 1
+    failures = {name.rpartition("::")[2]: text for name, text in result["failures"].items()}
+    assert set(failures) == {"test_bad", "test_error"}
+    assert "not today" in failures["test_bad"]
+    assert failures["test_error"].startswith("setup:")
+    assert "no fixture" in failures["test_error"]
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    process, out = start(tmp_path, 0)
+    assert process.wait(60) == 1
+    result = json.loads(out.read_text())
+    check(result)
+    assert result["finished"]
+    assert result["counts"]["passed"] == 2
+    assert result["running"] is None
+    assert len(result["slowest"]) == 5
+
+
+def test_a_run_that_was_stopped(tmp_path: Path) -> None:
+    process, out = start(tmp_path, 600)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if out.exists() and "test_endless" in str(json.loads(out.read_text())["running"]):
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    result = json.loads(out.read_text())
+    check(result)
+    assert not result["finished"]
+    assert result["counts"]["passed"] == 1
+    assert result["running"].endswith("test_endless")

@@ -1,0 +1,85 @@
+"""The fine-tuning step: checked against float64, timed per step, and a wrong model is found."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from bench import cases, step, suites
+
+CPU = torch.device("cpu")
+CASE = dataclasses.replace(cases.STEP[1], compiled=False).tiny()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, change: Any, case: cases.StepCase = CASE) -> dict[str, Any]:
+    """One case in which "ours" is what ``change`` makes of the stock model."""
+
+    def rivals(self: step.StepRunner, case: cases.StepCase, record: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+        return {step.STOCK: lambda model: model, "ours": change}
+
+    monkeypatch.setattr(step.StepRunner, "rivals", rivals)
+    record: dict[str, Any] = {"name": case.name, "rivals": []}
+    saved: list[int] = []
+    step.StepRunner(CPU, 60, True).run(case, record, lambda: saved.append(len(record["rivals"])))
+    assert saved, "figures must be saved before the slow rivals are built"
+    return record
+
+
+def test_a_step_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = run(monkeypatch, lambda model: model)
+    stock, ours = record["rivals"]
+    assert (stock["status"], ours["status"]) == ("ok", "ok")
+    assert set(ours["error_ratios"]) == {"logits", *step.GRADS}
+    times = ours["passes"]["step"]
+    assert times["samples_per_s"] == pytest.approx(CASE.batch / times["median_us"] * 1e6)
+    assert len(times["samples_us"]) == 2
+
+
+@pytest.mark.parametrize("name", ["classifier", "query"])
+def test_a_model_that_computes_something_else_is_wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def change(model: Any) -> nn.Module:
+        layer = model.classifier if name == "classifier" else model.bert.encoder.layer[0].attention.self.query
+        with torch.no_grad():
+            layer.weight.mul_(1.01)
+        return model
+
+    record = run(monkeypatch, change)
+    ours = record["rivals"][1]
+    assert ours["status"] == "wrong"
+    assert ours["passes"] == {}
+    assert len(suites.problems([record])) == 1
+
+
+def test_a_model_that_diverges_in_training_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right without dropout, useless with it: only the training loss can tell."""
+
+    class Zero(nn.Dropout):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float("nan") if self.training else x
+
+    def change(model: Any) -> nn.Module:
+        model.bert.embeddings.dropout = Zero(0.1)
+        return model
+
+    ours = run(monkeypatch, change)["rivals"][1]
+    assert ours["status"] == "wrong"
+    assert "training loss nan" in ours["detail"]
+
+
+def test_padding_is_masked_in_the_batch() -> None:
+    batch = step.make_batch(CASE, CPU)
+    assert torch.equal(batch["input_ids"] == 0, batch["attention_mask"] == 0)
+    assert 0 < int(batch["attention_mask"].sum()) < batch["attention_mask"].numel()
+
+
+def test_operations_of_a_step_are_counted() -> None:
+    case = dataclasses.replace(cases.STEP[0], batch=2, length=4, layers=1, width=8, heads=2, rows=11)
+    layer = 4 * 8 * 8 + 2 * 8 * 32  # query, key, value, output; up and down
+    assert step.flops(step.make_model(case, CPU), case) == 6 * layer * 8 + 14 * 2 * 16 * 8
+    assert step.flops(step.make_model(case, CPU), dataclasses.replace(case, precision="fp32")) == 0
