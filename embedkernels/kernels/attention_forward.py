@@ -1,0 +1,205 @@
+"""Attention, forward: out = dropout(softmax(scale · q kᵀ)) v over the keys that count.
+
+``attention_fwd_kernel`` runs one program per (BLOCK_M queries, head, batch row), in one dimension. It visits the key
+blocks once with a running maximum and sum (Milakov and Gimelshein, 2018; Dao, FlashAttention, 2022): first those that
+are visible as a whole, without any mask, then those that a length, a hole or the diagonal cuts. Blocks outside the
+batch row's bounds are never visited. Scores are held in base 2, where an exponential is one instruction; everything
+but the operands of the two products is fp32.
+
+Bound, per (batch row, head), with P visible pairs: 4·P·D FLOPs, and at least (2·Sq + 2·Sk·Hkv/H)·D·e bytes for
+elements of e bytes. At Sq = Sk = S, no mask and bf16 that is S/2 FLOPs per byte: above S = 590 (989 TFLOP/s over
+3.35 TB/s on an H100) the tensor cores bound it, below that memory and, in practice, the launch. Beside the products
+a pair costs one exponential: at D = 64 the exponential units are busy as long as the tensor cores. Dropout adds a
+quarter of a Philox call to each pair, some 12 integer instructions, which is more than that.
+
+Saved for the backward: ``lse`` (B, H, Sq) fp32, the base-2 logarithm of the sum of exponentials, +inf for a query
+without keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from embedkernels.kernels.attention_blocks import (
+    key_block_ranges,
+    load_bounds,
+    load_key_block,
+    row_offset,
+    split_program,
+    tile_keep_mask,
+    tile_offsets,
+    visible_pairs,
+    with_columns,
+)
+from embedkernels.kernels.attention_tiles import TARGETS, block_d, shipped_tiles, tiles_for
+from embedkernels.kernels.specs import CompileSpec
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(state, q, n0, m0, keys, query_offset, scale_log2, dropout,
+            D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+            CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """``state`` (weighted sum of v, sum of exponentials, highest score) after the keys of the block at n0."""
+    acc, total, highest = state
+    k, v, valid = load_key_block(n0, keys, D, BLOCK_D, BLOCK_N, HAS_MASK, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        visible = visible_pairs(valid, m0, n0, query_offset, BLOCK_M, BLOCK_N, CAUSAL)
+        s = tl.where(visible, s * scale_log2, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(s, 1))
+        # A row that has seen no key yet: exp2(-inf - -inf) would be NaN.
+        pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        p = tl.exp2(s - pivot[:, None])
+        alpha = tl.exp2(highest - pivot)
+    else:
+        new_highest = tl.maximum(highest, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - new_highest[:, None])
+        alpha = tl.exp2(highest - new_highest)
+    total = total * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        seed, row, dropout_p = dropout
+        p = tl.where(tile_keep_mask(seed, m0, n0, row, dropout_p, BLOCK_M, BLOCK_N, KEYS_FIRST=False), p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, total, new_highest
+
+
+@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset"])
+def attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bounds_ptr, mask_ptr, seed_ptr,
+    q_stride_b, q_stride_h, q_stride_s,
+    k_stride_b, k_stride_h, k_stride_s,
+    v_stride_b, v_stride_h, v_stride_s,
+    out_stride_b, out_stride_h, out_stride_s,
+    mask_stride_b,
+    H, Sq, Sk, query_offset, scale_log2, dropout_p, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(Sq, BLOCK_M)
+    block, b, h = split_program(n_blocks, H)
+    if CAUSAL:
+        block = n_blocks - 1 - block  # the longest rows first
+    m0 = block * BLOCK_M
+    row = b * H + h
+    row_ok = m0 + tl.arange(0, BLOCK_M) < Sq
+    ok = with_columns(row_ok, D, BLOCK_D)
+    q_tile = q_ptr + row_offset(b, h, m0, (q_stride_b, q_stride_h, q_stride_s))
+    q = tl.load(q_tile + tile_offsets(q_stride_s, BLOCK_M, BLOCK_D), mask=ok, other=0.0)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    dropout = (seed, row, dropout_p)
+
+    start, end, holes = load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS)
+    first, lead, full_first, full_last, masked = key_block_ranges(
+        start, end, holes, m0, Sq, query_offset, BLOCK_M, BLOCK_N, CAUSAL
+    )
+    keys = (
+        k_ptr + b.to(tl.int64) * k_stride_b + (h // GROUP).to(tl.int64) * k_stride_h,
+        v_ptr + b.to(tl.int64) * v_stride_b + (h // GROUP).to(tl.int64) * v_stride_h,
+        k_stride_s, v_stride_s, mask_ptr + b.to(tl.int64) * mask_stride_b, start, end,
+    )  # fmt: skip
+    state = (
+        tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
+        tl.zeros([BLOCK_M], dtype=tl.float32),
+        tl.full([BLOCK_M], float("-inf"), dtype=tl.float32),
+    )
+    for i in range(full_first, full_last):
+        state = _attend(state, q, i * BLOCK_N, m0, keys, query_offset, scale_log2, dropout,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, DROPOUT, MASKED=False)  # fmt: skip
+    for i in range(masked):
+        n0 = tl.where(i < lead, first + i, full_last + i - lead) * BLOCK_N
+        state = _attend(state, q, n0, m0, keys, query_offset, scale_log2, dropout,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
+
+    acc, total, highest = state
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    out = acc * (keep_scale / total)[:, None]
+    # +inf where there was nothing to attend to: the backward's exp2(s - lse) is then 0.
+    lse = tl.where(empty, float("inf"), highest + tl.log2(total))
+    out_tile = out_ptr + row_offset(b, h, m0, (out_stride_b, out_stride_h, out_stride_s))
+    tl.store(out_tile + tile_offsets(out_stride_s, BLOCK_M, BLOCK_D), out.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(lse_ptr + tl.cast(row, tl.int64) * Sq + m0 + tl.arange(0, BLOCK_M), lse, mask=row_ok)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    query_offset: int,
+    dropout_p: float,
+) -> None:
+    """Launch: fills ``out`` and ``lse``. Inputs as the op has checked them: unit last stride, near rows."""
+    batch, heads, num_queries, head_size = query.shape
+    heads_kv, num_keys = key.shape[1], key.shape[2]
+    if query.numel() == 0:
+        return
+    tile = tiles_for(query, dropout_p > 0).forward
+    attention_fwd_kernel[(triton.cdiv(num_queries, tile.block_m) * heads * batch,)](
+        query, key, value, out, lse,
+        # Pointers that a variant does not use still need a value.
+        lse if bounds is None else bounds,
+        lse if key_mask is None else key_mask.view(torch.uint8),
+        lse if seed is None else seed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        0 if key_mask is None else key_mask.stride(0),
+        heads, num_queries, num_keys, query_offset, scale * LOG2_E, dropout_p, keep_scale(dropout_p),
+        heads // heads_kv, head_size, block_d(head_size), tile.block_m, tile.block_n,
+        is_causal, bounds is not None, key_mask is not None, dropout_p > 0,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What kept values are multiplied by: 1 / (1 - p), and 0 at p = 1, where nothing is kept."""
+    return 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+
+
+def heaviest(kernel: Any, which: str) -> list[CompileSpec]:
+    """Every shipped tile of a kernel with every feature on, at a head size that fills it and at one that does not."""
+    pointers = {"lse_ptr": "*fp32", "rows_ptr": "*fp32", "bounds_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
+    floats = ("scale_log2", "dropout_p", "keep_scale", "dk_scale", "dv_scale", "dq_scale")
+    specs = []
+    for family, dtypes, width, dropout, tiles in shipped_tiles():
+        tile = getattr(tiles, which)
+        for dtype, head_size in [(dtype, size) for dtype in dtypes for size in {width, max(16, width * 3 // 4)}]:
+            constexprs = {
+                "GROUP": 3, "D": head_size, "BLOCK_D": width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                "CAUSAL": True, "HAS_BOUNDS": True, "HAS_MASK": True, "DROPOUT": dropout,
+            }  # fmt: skip
+            signature = {
+                name: pointers.get(name, "*" + dtype)
+                if name.endswith("_ptr")
+                else ("fp32" if name in floats else "i32")
+                for name in kernel.arg_names
+                if name not in constexprs
+            }
+            aligned = {name for name in signature if name.endswith("_ptr") or "_stride_" in name}
+            specs.append(
+                CompileSpec(
+                    f"{kernel.__name__}[{family},d{head_size},{dtype}]", kernel, signature, constexprs,
+                    tile.num_warps, tile.num_stages, frozenset(aligned - {"mask_stride_b"}), TARGETS[family],
+                )
+            )  # fmt: skip
+    return specs
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Every tile with causal order, bounds, a key mask, dropout and grouped heads."""
+    return heaviest(attention_fwd_kernel, "forward")

@@ -1,0 +1,438 @@
+"""Scaled dot-product attention with padding, causal order and dropout, and no mask of Sq·Sk in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedkernels.ops.backend import Backend, Choice, choose
+from embedkernels.reference import attention as reference
+
+HEAD_SIZES = (16, 128)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The kernels' offsets inside a tile are 32-bit: rows further apart than this are copied first.
+_LARGEST_ROW_STRIDE = 1 << 24
+# Positions are 32-bit in the kernels.
+_LARGEST_OFFSET = 1 << 30
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_offset: int = 0,
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Scaled dot-product attention; the first arguments are those of ``scaled_dot_product_attention``.
+
+    .. math:: \text{out} = \text{dropout}(\text{softmax}(\text{scale} \cdot q k^\top)) \, v
+
+    over the keys that a query sees. A query that sees no key gives zeros, and gets and gives zero gradients. Keys
+    that are masked for a whole batch row cost nothing where they lie before the first or after the last that counts.
+    The Triton backend is deterministic, forward and backward.
+
+    Args:
+        query: (B, H, Sq, D); float32, bfloat16 or float16. Any strides; copied only if the last is not 1.
+        key, value: (B, Hkv, Sk, D), dtype and device of ``query``.
+        attn_mask: boolean or additive mask, as for ``scaled_dot_product_attention``, which then computes the call.
+            It excludes the masks below and ``query_offset``.
+        dropout_p: probability of dropping a weight, in [0, 1]. Applied whenever it is not 0: pass 0 in evaluation.
+            Kept weights are scaled by 1/(1 - p).
+        is_causal: query i sees the keys up to i + ``query_offset``.
+        scale: factor of the scores; None for 1/sqrt(D).
+        enable_gqa: allow Hkv < H, H a multiple of Hkv: query head h reads key head h // (H / Hkv).
+        key_mask: bool (B, Sk) or (1, Sk), True for keys that count, in any pattern.
+        key_lengths: int32 or int64 (B,): only the keys in [start, start + length) count.
+        key_starts: int32 or int64 (B,): the start of that range; 0 if None. Without lengths it ends at Sk.
+        query_offset: position of the first query among the keys, for causal order; may be negative.
+        backend: ``"triton"``, ``"torch"`` (which is ``scaled_dot_product_attention``) or None for the best there is.
+
+    Returns:
+        (B, H, Sq, D) in the dtype of ``query``; under autocast in its dtype. From the Triton backend a view of
+        (B, Sq, H, D)-contiguous memory.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or of a dtype that it cannot have.
+        ValueError: shapes, devices or values that do not fit together.
+        RuntimeError: ``backend="triton"`` for a call or on a device that it cannot serve; the message says why.
+
+    Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
+
+    Example:
+        >>> import torch, embedkernels as ek
+        >>> q = k = v = torch.randn(2, 4, 10, 16)
+        >>> ek.attention(q, k, v, is_causal=True, key_lengths=torch.tensor([10, 7])).shape
+        torch.Size([2, 4, 10, 16])
+    """
+    _check_tensors(query, key, value)
+    _check_values(dropout_p, scale, query_offset)
+    masks = (key_mask, key_lengths, key_starts)
+    if attn_mask is not None:
+        if any(mask is not None for mask in masks) or query_offset != 0:
+            raise ValueError(
+                "attention: attn_mask excludes key_mask, key_lengths, key_starts and query_offset: "
+                "put them into attn_mask"
+            )
+        if backend == "triton":
+            raise RuntimeError(
+                "attention: backend 'triton' does not take attn_mask: use key_mask, or backend='torch'"
+            )
+        choose("attention", query.device, backend)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    _check_shapes(query, key, value)
+    _check_masks(query, key, *masks)
+    _check_heads(query, key, enable_gqa)
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if not (autocast or query.dtype == key.dtype == value.dtype):
+        raise TypeError(
+            f"attention: query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if attention_backend(query, key, value, backend).backend == "torch":
+        return reference.sdpa(
+            query, key, value, dropout_p, is_causal, scale,
+            key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
+        )  # fmt: skip
+    if autocast:
+        query, key, value = (x.to(_autocast_dtype(x)) for x in (query, key, value))
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale < 0:  # the kernels look for the highest score before they scale it
+        query, scale = -query, -scale
+    bounds = None
+    if any(mask is not None for mask in masks):
+        if key_mask is not None:
+            key_mask = key_mask.expand(query.shape[0], -1)
+        bounds = torch.ops.embedkernels.attention_key_bounds(
+            key_mask, key_starts, key_lengths, query.shape[0], key.shape[2]
+        )
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(0, 2**62, (1,), device=query.device)
+    # Causal order that hides nothing costs masks for nothing.
+    is_causal = is_causal and query_offset < key.shape[2] - 1
+    out: Tensor = torch.ops.embedkernels.attention_forward(
+        query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, float(dropout_p)
+    )[0]
+    return out
+
+
+def attention_backend(query: Tensor, key: Tensor, value: Tensor, backend: Backend | None = None) -> Choice:
+    """The backend that a call without ``attn_mask`` takes, and why.
+
+    Raises:
+        RuntimeError: ``backend="triton"`` for a call that it cannot serve.
+    """
+    choice = choose("attention", query.device, backend)
+    if choice.backend == "torch":
+        return choice
+    problem = _unsupported(query, key, value)
+    if problem is None:
+        return choice
+    if choice.reason == "asked for":
+        raise RuntimeError(f"attention: backend 'triton' cannot run this call: {problem}")
+    _warn_once(problem)
+    return Choice("torch", problem)
+
+
+def _unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernels do not take this call, or None."""
+    low, high = HEAD_SIZES
+    head_size = query.shape[3]
+    if not low <= head_size <= high:
+        return f"head size {head_size} is not in {low} to {high}"
+    if value.shape[3] != head_size:
+        return f"value has head size {value.shape[3]}, query {head_size}"
+    dtype = _autocast_dtype(query)
+    if dtype not in DTYPES:
+        return f"{dtype} is not float32, bfloat16 or float16"
+    batch, heads, num_queries, _ = query.shape
+    if batch * heads * (max(num_queries, key.shape[2]) // 16 + 1) >= 1 << 31:
+        return f"{batch} x {heads} heads of {max(num_queries, key.shape[2])} rows are more programs than a launch has"
+    if query.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(query.device)
+        if capability < (8, 0):
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(problem: str) -> None:
+    if not torch.compiler.is_compiling() and problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(f"attention runs on scaled_dot_product_attention: {problem}", stacklevel=4)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"attention: {name} must be 4-D (B, H, S, D), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"attention: {name} must be floating point, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"attention: query is on {query.device}, {name} is on {x.device}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"attention: key must have the batch and head size of query, (B, Hkv, Sk, D) = "
+            f"({query.shape[0]}, Hkv, Sk, {query.shape[3]}), got {tuple(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"attention: value must have the batch, heads and length of key, {tuple(key.shape[:3])}, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def _check_values(dropout_p: float, scale: float | None, query_offset: int) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"attention: scale must be finite, got {scale}")
+    if not -_LARGEST_OFFSET < query_offset < _LARGEST_OFFSET:
+        raise ValueError(f"attention: query_offset must be between -2**30 and 2**30, got {query_offset}")
+
+
+def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+    heads, heads_kv = query.shape[1], key.shape[1]
+    if heads == heads_kv:
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"attention: query has {heads} heads, key and value have {heads_kv}: "
+            "pass enable_gqa=True for grouped query attention"
+        )
+    if heads_kv == 0 or heads % heads_kv != 0:
+        raise ValueError(
+            f"attention: the heads of query must be a multiple of those of key, got {heads} and {heads_kv}"
+        )
+
+
+def _check_masks(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, key_starts: Tensor | None
+) -> None:
+    batch, num_keys = query.shape[0], key.shape[2]
+    if key_mask is not None:
+        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+            got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+            raise TypeError(f"attention: key_mask must be a bool Tensor, True for keys that count; got {got}")
+        if key_mask.shape not in ((batch, num_keys), (1, num_keys)):
+            raise ValueError(
+                f"attention: key_mask must have shape ({batch}, {num_keys}) or (1, {num_keys}), "
+                f"got {tuple(key_mask.shape)}"
+            )
+    for name, x in (("key_lengths", key_lengths), ("key_starts", key_starts)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"attention: {name} must be an int32 or int64 Tensor, got {got}")
+        if x.shape != (batch,):
+            raise ValueError(f"attention: {name} must have shape ({batch},), got {tuple(x.shape)}")
+    for name, x in (("key_mask", key_mask), ("key_lengths", key_lengths), ("key_starts", key_starts)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"attention: query is on {query.device}, {name} is on {x.device}")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast, if it is on, runs an op on ``x``; as SDPA, it leaves float64 alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+_library = torch.library.Library("embedkernels", "FRAGMENT")
+_library.define(
+    "attention_key_bounds(Tensor? key_mask, Tensor? key_starts, Tensor? key_lengths, SymInt batch, SymInt num_keys) "
+    "-> Tensor"
+)
+_library.define(
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor? seed, "
+    "float scale, bool is_causal, SymInt query_offset, float dropout_p) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? bounds, "
+    "Tensor? key_mask, Tensor? seed, float scale, bool is_causal, SymInt query_offset, float dropout_p, "
+    "bool needs_query, bool needs_key_value) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def _key_bounds_impl(
+    key_mask: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None, batch: int, num_keys: int
+) -> Tensor:
+    from embedkernels.kernels.attention_bounds import key_bounds
+
+    given = next(x for x in (key_mask, key_starts, key_lengths) if x is not None)
+    bounds = torch.empty((batch, 3), dtype=torch.int32, device=given.device)
+    with _on(given.device):
+        key_bounds(_unit(key_mask), key_starts, key_lengths, num_keys, bounds)
+    return bounds
+
+
+def _forward_impl(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_offset: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    from embedkernels.kernels.attention_forward import forward
+
+    out, lse = _forward_outputs(query)
+    with _on(query.device):
+        forward(
+            _near(query), _near(key), _near(value), bounds, _unit(key_mask), seed, out, lse,
+            scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward_impl(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_offset: int,
+    dropout_p: float,
+    needs_query: bool,
+    needs_key_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from embedkernels.kernels.attention_backward import backward
+
+    dq, dk, dv = _backward_outputs(query, key, value, needs_query, needs_key_value)
+    with _on(query.device):
+        backward(
+            _near(grad), _near(query), _near(key), _near(value), _near(out), lse.contiguous(),
+            bounds, _unit(key_mask), seed,
+            dq if needs_query else None, dk if needs_key_value else None, dv if needs_key_value else None,
+            scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _forward_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, head_size = query.shape
+    out = query.new_empty((batch, length, heads, head_size)).transpose(1, 2)
+    return out, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _backward_outputs(
+    query: Tensor, key: Tensor, value: Tensor, needs_query: bool, needs_key_value: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the order of memory of their tensors; empty where they are not needed."""
+    dq = _like(query) if needs_query else query.new_empty(0)
+    dk, dv = (_like(x) if needs_key_value else x.new_empty(0) for x in (key, value))
+    return dq, dk, dv
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty (B, H, S, D) tensor, laid out (B, S, H, D) if ``x`` is: a projection's backward then needs no copy."""
+    batch, heads, length, head_size = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((batch, length, heads, head_size)).transpose(1, 2)
+    return x.new_empty((batch, heads, length, head_size))
+
+
+def _near(x: Tensor) -> Tensor:
+    """``x`` as the kernels read it: a last stride of 1, and offsets within a tile that fit 32 bits."""
+    return x if x.stride(3) == 1 and x.stride(2) < _LARGEST_ROW_STRIDE else x.contiguous()
+
+
+def _unit(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+_library.impl("attention_key_bounds", _key_bounds_impl, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _forward_impl, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward_impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("embedkernels::attention_key_bounds", lib=_library)
+def _key_bounds_fake(
+    key_mask: Tensor | None,
+    key_starts: Tensor | None,
+    key_lengths: Tensor | None,
+    batch: int,
+    num_keys: int,  # noqa: ARG001
+) -> Tensor:
+    given = next(x for x in (key_mask, key_starts, key_lengths) if x is not None)
+    return given.new_empty((batch, 3), dtype=torch.int32)
+
+
+@torch.library.register_fake("embedkernels::attention_forward", lib=_library)
+def _forward_fake(query, *_):  # type: ignore[no-untyped-def]
+    return _forward_outputs(query)
+
+
+@torch.library.register_fake("embedkernels::attention_backward", lib=_library)
+def _backward_fake(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return _backward_outputs(query, key, value, *rest[-2:])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, bounds, key_mask, seed, *ctx.settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, seed)
+
+
+def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 7
+    if grad is None:
+        return None, None, None, *nothing
+    needs_query, needs_key, needs_value = ctx.needs_input_grad[:3]
+    dq, dk, dv = torch.ops.embedkernels.attention_backward(
+        grad, *ctx.saved_tensors, *ctx.settings, needs_query, needs_key or needs_value
+    )
+    return dq if needs_query else None, dk if needs_key else None, dv if needs_value else None, *nothing
+
+
+def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "attention: the Triton backend has no second derivative: pass backend='torch' where one is needed"
+    )
+
+
+torch.library.register_autograd(
+    "embedkernels::attention_forward", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("embedkernels::attention_backward", _second_backward, lib=_library)

@@ -1,0 +1,162 @@
+"""Attention in plain PyTorch: the specification, the torch backend, and the mask of its dropout.
+
+out = dropout(softmax(scale · q kᵀ, over the visible keys)) v, and zeros for a query that sees no key.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedkernels.reference.random import keep_from_bits, philox
+
+
+def visible_keys(
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    *,
+    is_causal: bool = False,
+    query_offset: int = 0,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+) -> Tensor | None:
+    """Which keys a query sees, as a mask for ``scaled_dot_product_attention``; None if that is all of them.
+
+    Nothing here waits for the device, so a mask that hides nothing is None only where the sizes alone say so.
+
+    Args:
+        num_queries, num_keys: Sq and Sk.
+        is_causal, query_offset: with is_causal, query i sees the keys up to i + query_offset.
+        key_mask: bool (B, Sk), True for keys that count.
+        key_lengths, key_starts: (B,) integers: the keys in [start, start + length) count.
+
+    Returns:
+        bool, broadcastable to (B, H, Sq, Sk), or None.
+    """
+    visible: Tensor | None = None
+    keys = torch.arange(num_keys, device=device)
+    if key_mask is not None:
+        visible = key_mask[:, None, None, :]
+    if key_starts is not None or key_lengths is not None:
+        given = key_starts if key_starts is not None else key_lengths
+        start = given.new_zeros(given.shape) if key_starts is None else key_starts  # type: ignore[union-attr]
+        inside = keys >= start.long()[:, None]
+        if key_lengths is not None:
+            inside = inside & (keys < (start.long() + key_lengths.long())[:, None])
+        inside = inside[:, None, None, :]
+        visible = inside if visible is None else visible & inside
+    if is_causal and query_offset < num_keys - 1:
+        last = torch.arange(num_queries, device=device) + query_offset
+        causal = keys <= last[:, None]
+        visible = causal[None, None] if visible is None else visible & causal
+    return visible
+
+
+def attention_keep_mask(
+    seed: Tensor | int, batch: int, heads: int, num_queries: int, num_keys: int, p: float, device: torch.device
+) -> Tensor:
+    """Dropout mask of ``attention`` on the Triton backend: True where a probability is kept.
+
+    Queries, and keys, are taken in groups of two that are eight apart: element (b, h, q, k) uses word
+    2·⌊q / 8⌋ mod 2 + ⌊k / 8⌋ mod 2 of the counter (8·⌊k / 16⌋ + k mod 8, 8·⌊q / 16⌋ + q mod 8, b·H + h).
+
+    Returns:
+        bool (batch, heads, num_queries, num_keys).
+    """
+    q = torch.arange(num_queries, device=device)
+    k = torch.arange(num_keys, device=device)
+    head = torch.arange(batch * heads, device=device)
+    group_q = (q // 16 * 8 + q % 8)[None, :, None]
+    group_k = (k // 16 * 8 + k % 8)[None, None, :]
+    words = torch.stack(philox(seed, group_k + 0 * group_q, group_q, head[:, None, None]), dim=-1)
+    word = 2 * (q // 8 % 2)[:, None] + (k // 8 % 2)[None, :]
+    bits = words.gather(-1, word.expand(batch * heads, num_queries, num_keys)[..., None])[..., 0]
+    return keep_from_bits(bits, p).reshape(batch, heads, num_queries, num_keys)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_offset: int = 0,
+    seed: Tensor | int = 0,
+) -> Tensor:
+    """The specification, in the dtype of the inputs. Differentiable; the arguments are those of ``ek.attention``.
+
+    Args:
+        seed: dropout keeps what :func:`attention_keep_mask` keeps.
+
+    Returns:
+        (B, H, Sq, D).
+    """
+    batch, heads, num_queries, head_size = query.shape
+    num_keys = key.shape[2]
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    scores = query @ key.transpose(2, 3) * (head_size**-0.5 if scale is None else scale)
+    visible = visible_keys(
+        num_queries, num_keys, query.device, is_causal=is_causal, query_offset=query_offset,
+        key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts,
+    )  # fmt: skip
+    if visible is None:
+        probabilities = scores.softmax(-1)
+    else:
+        # The least finite number and not -inf: a query without keys then gives zeros, forward and backward, not NaN.
+        probabilities = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+        probabilities = torch.where(visible, probabilities, 0.0)
+    if dropout_p > 0:
+        keep = attention_keep_mask(seed, batch, heads, num_queries, num_keys, dropout_p, query.device)
+        rescale = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+        probabilities = torch.where(keep, probabilities * rescale, 0.0)
+    return probabilities @ value
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    query_offset: int = 0,
+) -> Tensor:
+    """The torch backend: ``scaled_dot_product_attention``, with a mask only where one is needed.
+
+    Returns:
+        (B, H, Sq, D).
+    """
+    grouped = query.shape[1] != key.shape[1]
+    plain = key_mask is None and key_lengths is None and key_starts is None
+    if plain and (not is_causal or query_offset == 0):
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+    visible = visible_keys(
+        query.shape[2], key.shape[2], query.device, is_causal=is_causal, query_offset=query_offset,
+        key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts,
+    )  # fmt: skip
+    if visible is None or query.device.type == "cpu":
+        # On a CPU every implementation gives zeros for a row without keys, forward and backward.
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+        )
+    # Elsewhere some give NaN (pytorch#103749): such rows attend to everything, and are then replaced.
+    sees = visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible | ~sees, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+    )
+    return torch.where(sees, out, 0.0)
