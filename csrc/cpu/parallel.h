@@ -1,0 +1,34 @@
+// Work split over PyTorch's own threads, so that torch.set_num_threads and OMP_NUM_THREADS hold here too.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace embedkernels::cpu {
+
+// How many tasks `work` units are worth, at least `grain` units each.
+inline int64_t task_count(int64_t work, int64_t grain) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min(threads, work / grain));
+}
+
+// body(task) for every task in [0, tasks), on as many threads as there are.
+template <class Body>
+void run_tasks(int64_t tasks, const Body& body) {
+  if (tasks == 1) {
+    body(int64_t{0});
+    return;
+  }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(task);
+  });
+}
+
+// Start of the task-th of `tasks` nearly equal parts of [0, total).
+inline int64_t part_begin(int64_t total, int64_t tasks, int64_t task) {
+  return total / tasks * task + std::min(task, total % tasks);
+}
+
+}  // namespace embedkernels::cpu

@@ -1,0 +1,20 @@
+// Sums of gradient rows, vectorised over D.
+#pragma once
+
+#include <cstdint>
+
+#include "../numeric.h"
+
+namespace embedkernels::cpu {
+
+// total[d] = rows[order[0]][d] + rows[order[1]][d] + ..., one after the other, for count >= 1.
+void sum_rows(const float* rows, const int32_t* order, int64_t count, int64_t width, float* total);
+void sum_rows(const double* rows, const int32_t* order, int64_t count, int64_t width, double* total);
+void sum_rows(const bf16* rows, const int32_t* order, int64_t count, int64_t width, float* total);
+void sum_rows(const f16* rows, const int32_t* order, int64_t count, int64_t width, float* total);
+
+// out[d] = total[d], rounded to nearest even.
+void store_row(const float* total, int64_t width, bf16* out);
+void store_row(const float* total, int64_t width, f16* out);
+
+}  // namespace embedkernels::cpu

@@ -1,0 +1,39 @@
+// embedding_plan on CUDA.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "launcher.h"
+#include "plan_steps.h"
+
+namespace embedkernels::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_plan(const Tensor& ids, int64_t num_rows, int64_t padding_idx,
+                                                          int64_t vocab_start) {
+  check_plan_arguments(ids, num_rows, padding_idx, vocab_start);
+  Launcher launcher("embedding_plan", ids);
+  const int64_t n = ids.numel();
+  const auto ints = [&](int64_t size) { return empty_like_device(ids, {size}, ScalarType::Int); };
+  const Tensor order[2] = {ints(n), ints(n)}, keys[2] = {ints(n), ints(n)};
+  const Tensor segment_ids = ints(n), offsets = ints(n + 1), count = ints(1), counts = ints(kMaxSegmentBlocks);
+  const PlanBuffers buffers{{mutable_data<uint32_t>(keys[0]), mutable_data<uint32_t>(keys[1])},
+                            {mutable_data<int>(order[0]), mutable_data<int>(order[1])},
+                            mutable_data<int>(counts),
+                            mutable_data<int>(segment_ids),
+                            mutable_data<int>(offsets),
+                            mutable_data<int>(count)};
+  const auto run = [&](const auto* typed_ids) {
+    return run_plan(launcher, typed_ids, n, num_rows, padding_idx, vocab_start, buffers);
+  };
+  const int which = ids.scalar_type() == ScalarType::Int ? run(data<int32_t>(ids)) : run(data<int64_t>(ids));
+  return {order[which], segment_ids, offsets, count};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(embedkernels_ext, CUDA, library) {
+  library.impl("embedding_plan", TORCH_BOX(&embedding_plan));
+}
+
+}  // namespace embedkernels::cuda

@@ -1,0 +1,181 @@
+"""Builds ``_extension.so`` through ninja and writes down, next to it, what was built or why nothing was.
+
+The file names in ``build.ninja`` are relative to the build folder, so neither the library nor its error messages
+carry the path of the checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from toolchain import Cuda, Missing, Torch, find_compiler, find_cuda, find_ninja, find_torch
+
+LIBRARY = "_extension.so"
+RECORD = "_extension.json"
+SOURCES = Path(__file__).resolve().parent.parent
+CPU_SOURCES = ("library.cpp", "checks.cpp", "cpu/plan.cpp", "cpu/rows.cpp", "cpu/grad.cpp")
+# The slowest first, so that it does not end up alone on the last core.
+CUDA_SOURCES = ("cuda/grad.cu", "cuda/sort.cu", "cuda/plan.cu", "cuda/launcher.cu")
+# PyTorch's stable ABI as of 2.11: the library then runs with every later version.
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the loader is told.
+
+    Attributes:
+        built: whether there is a library.
+        reason: in a sentence, what it was built with, or why it was not.
+        architectures: its CUDA targets, empty for a CPU-only library.
+        torch: version of the headers.
+    """
+
+    built: bool
+    reason: str
+    architectures: list[str] = field(default_factory=list)
+    torch: str = ""
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$").replace("\n", " ")
+
+
+def _ninja_file(compiler: str, torch: Torch, cuda: Cuda | None, build_dir: Path) -> str:
+    """The rules: one object per source with the headers it reads, and the link."""
+    include = torch.root / "include"
+    includes = [f"-isystem {include}", f"-isystem {include / 'torch/csrc/api/include'}"]
+    common = ["-std=c++20", "-O3", TARGET, *includes]
+    relocated = f"-ffile-prefix-map={include}=torch"
+    host = ["-fPIC", "-fvisibility=hidden", relocated]
+    cxxflags = [*common, *host, "-Wall", "-Wextra"]
+    if sys.platform == "darwin":
+        ldflags = ["-undefined", "dynamic_lookup"]
+    else:
+        # libtorch.so names libtorch_cuda.so where there is one: the weak symbol is then looked for there too.
+        ldflags = [f"-L{torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        ldflags += ["-Wl,--exclude-libs,ALL"]
+    nvccflags = []
+    if cuda is not None:
+        cxxflags.append(f"-DEMBEDKERNELS_ARCHITECTURES='\"{','.join(cuda.targets)}\"'")
+        nvccflags = [*common, f"-ccbin={compiler}", f"-Xcompiler={','.join(host)}", "--compress-mode=size"]
+        nvccflags += [f"-isystem {path}" for path in cuda.include_dirs]
+        nvccflags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.architectures]
+        newest = cuda.architectures[-1]
+        nvccflags += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+        nvccflags += [f"-DEMBEDKERNELS_ARCHITECTURES='\"{','.join(cuda.targets)}\"'"]
+        ldflags += [f"-L{cuda.libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {_escape(compiler)}",
+        f"nvcc = {_escape(cuda.nvcc) if cuda else ''}",
+        f"cxxflags = {_escape(' '.join(cxxflags))}",
+        f"nvccflags = {_escape(' '.join(nvccflags))}",
+        f"ldflags = {_escape(' '.join(ldflags))}",
+        "rule cxx",
+        "  command = $cxx -MD -MF $out.d $cxxflags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = C++  $in",
+        "rule nvcc",
+        "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = CUDA $in",
+        "rule link",
+        "  command = $cxx -shared $in -o $out $ldflags",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in (*(CUDA_SOURCES if cuda else ()), *CPU_SOURCES):
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        lines.append(f"build {source}.o: {rule} {os.path.relpath(SOURCES / source, build_dir)}")
+        objects.append(f"{source}.o")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    return "\n".join([*lines, f"default {LIBRARY}", ""])
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy a file by way of a new one: a running Python may have the old one mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(".new")
+    shutil.copy2(source, fresh)
+    fresh.replace(target)
+
+
+def install(built: Path, package_dir: Path) -> None:
+    """Copy what :func:`build` left in ``built``; an older library does not outlive a build that made none."""
+    for name in (LIBRARY, RECORD):
+        if (built / name).is_file():
+            _replace(built / name, package_dir / name)
+        else:
+            (package_dir / name).unlink(missing_ok=True)
+
+
+def _run_ninja(ninja: str, build_dir: Path) -> None:
+    command = [ninja, "-C", str(build_dir)]
+    if jobs := os.environ.get("MAX_JOBS"):
+        command += ["-j", jobs]
+    print("building embedkernels' library:", shlex.join(command), flush=True)
+    done = subprocess.run(command)
+    if done.returncode != 0:
+        raise Missing("it did not compile (the compiler's messages are in the output of the installation)")
+
+
+def _build(build_dir: Path, library: Path) -> Record:
+    if os.environ.get("EMBEDKERNELS_BUILD_EXTENSION", "1") == "0":
+        raise Missing("EMBEDKERNELS_BUILD_EXTENSION was 0 when it was installed")
+    compiler, torch, ninja = find_compiler(), find_torch(), find_ninja()
+    cuda, cpu_only = None, ""
+    try:
+        cuda = find_cuda()
+    except Missing as missing:
+        cpu_only = str(missing)
+    build_dir.mkdir(parents=True, exist_ok=True)
+    rules = build_dir / "build.ninja"
+    text = _ninja_file(compiler, torch, cuda, build_dir)
+    if not rules.is_file() or rules.read_text() != text:
+        rules.write_text(text)
+    _run_ninja(ninja, build_dir)
+    _replace(build_dir / LIBRARY, library)
+    if cuda is None:
+        return Record(True, cpu_only, [], torch.version)
+    return Record(True, f"C++ and CUDA {cuda.version}", cuda.targets, torch.version)
+
+
+def build(build_dir: Path, package_dir: Path) -> Record:
+    """Build the library into ``package_dir``, or record why the package has to do without it.
+
+    Args:
+        build_dir: objects and ``build.ninja``; kept between builds.
+        package_dir: gets ``_extension.so`` (or loses an old one) and ``_extension.json``.
+
+    Raises:
+        Missing: with ``EMBEDKERNELS_REQUIRE_EXTENSION=1``, in place of a package without the library.
+        ValueError: an environment variable of the build makes no sense.
+    """
+    library = package_dir / LIBRARY
+    try:
+        record = _build(build_dir, library)
+    except Missing as missing:
+        if os.environ.get("EMBEDKERNELS_REQUIRE_EXTENSION", "0") == "1":
+            raise
+        library.unlink(missing_ok=True)
+        record = Record(False, str(missing))
+        line = "*" * 100
+        print(
+            f"{line}\nembedkernels is installed WITHOUT its C++ library: {missing}.\nEverything works, more slowly."
+            f" EMBEDKERNELS_REQUIRE_EXTENSION=1 makes this an error.\n{line}",
+            file=sys.stderr,
+            flush=True,
+        )
+    package_dir.mkdir(parents=True, exist_ok=True)
+    (package_dir / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
+    return record
