@@ -154,7 +154,8 @@ def render(found: dict[str, Any], console: Console) -> None:
     """Print what :func:`examine` found."""
 
     def section(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        console.print(f"[bold]{title}[/bold]")
+        table = Table(box=box.SIMPLE_HEAD)
         for heading in headings:
             table.add_column(heading, overflow="fold")
         for row in rows:

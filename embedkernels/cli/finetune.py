@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from embedkernels.cli import plot, render, results
+from embedkernels.cli.errors import CliError, UsageError
 from embedkernels.cli.progress import RunProgress
 from embedkernels.cli.settings import Settings
 
@@ -38,10 +39,16 @@ def finetune(
     Raises:
         CliError: something failed; nothing to show.
     """
-    results.prepare(output, overwrite=overwrite)
-    with RunProgress(console, named=len(runs) > 1) as progress:
-        content = results.produce(settings, output, runs, progress.show)
-    plot.draw(content, runs, output / results.PLOT, title)
+    work = results.prepare(output, overwrite=overwrite)
+    try:
+        with RunProgress(console, named=len(runs) > 1) as progress:
+            content = results.produce(settings, work, runs, progress.show)
+    except CliError as error:
+        if error.exit_code == UsageError.exit_code:
+            results.abandon(output)
+        raise
+    plot.draw(content, runs, work / results.PLOT, title)
+    results.finish(output)
     if content["report"] is not None:
         render.report(content["report"], console)
     render.figures(content, runs, console)

@@ -22,7 +22,7 @@ def load_config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    config = _load("--model", settings.model, "config.json", AutoConfig.from_pretrained)
+    config = _load("--model", settings.model, AutoConfig.from_pretrained)
     if settings.task == "causal-lm":
         _check_reads_forward(config, settings)
     if settings.dropout is not None:
@@ -47,7 +47,7 @@ def load_tokenizer(settings: Settings) -> Any:
     def load(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, **extra)
 
-    tokenizer = _load(argument, settings.tokenizer or settings.model, None, load)
+    tokenizer = _load(argument, settings.tokenizer or settings.model, load)
     if settings.task == "token-classification" and not tokenizer.is_fast:
         raise UsageError(
             f"{argument}: {type(tokenizer).__name__} cannot tell which word a token belongs to",
@@ -100,7 +100,7 @@ def load_model(settings: Settings, config: Any, tokenizer: Any, labels: tuple[st
         )
 
     try:
-        model, info = _load("--model", settings.model, None, load)
+        model, info = _load("--model", settings.model, load)
     except RuntimeError as error:
         raise UsageError(f"--model: the weights in {settings.model} do not load: {_first_line(error)}") from error
     mismatched = [key[0] if isinstance(key, (tuple, list)) else key for key in info["mismatched_keys"]]
@@ -159,8 +159,8 @@ def _check_reads_forward(config: Any, settings: Settings) -> None:
         )
 
 
-def _load(argument: str, name: str, needed: str | None, load: Callable[[str], T]) -> T:
-    """Call a ``from_pretrained`` and put its errors into words."""
+def check_name(argument: str, name: str, needed: str | None = None) -> None:
+    """UsageError if ``name`` is a path, but not to a directory that holds the file ``needed``."""
     path = Path(name).expanduser()
     if path.is_file():
         raise UsageError(f"{argument}: {name} is a file", "Name the directory that holds config.json.")
@@ -171,6 +171,12 @@ def _load(argument: str, name: str, needed: str | None, load: Callable[[str], T]
     elif name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         close = did_you_mean(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise UsageError(f"{argument}: there is no directory {name}", close.strip())
+
+
+def _load(argument: str, name: str, load: Callable[[str], T]) -> T:
+    """Call a ``from_pretrained`` and put its errors into words."""
+    check_name(argument, name)
+    path = Path(name).expanduser()
     try:
         return load(str(path) if path.is_dir() else name)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -78,12 +78,13 @@ def figures(content: dict[str, Any], runs: Sequence[str], console: Console) -> N
     environment = content["environment"]
     precision, data = environment["settings"]["precision"], environment["data"]
     steps = content[runs[0]]["steps"]
-    table = Table(
-        title=f"{escape(environment['device_name'])}, {precision}, {steps} steps, "
+    console.print(
+        f"\n[bold]What came of it[/bold]: {precision} on {escape(environment['device_name'])}, {steps} steps, "
         f"{data['train_examples']} rows to train on, {data['evaluation_examples']} to evaluate on",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
+        highlight=False,
+        soft_wrap=True,
     )
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for run in runs:
         table.add_column(run, justify="right", style="bold")
@@ -122,7 +123,8 @@ def _can_draw(console: Console) -> bool:
 
 def report(content: dict[str, Any], console: Console) -> None:
     """Print what ``patch`` swapped, and by which path each op runs."""
-    table = Table(title=f"What was swapped in {content['model']}", box=box.SIMPLE_HEAD, title_justify="left")
+    console.print(f"\n[bold]What was swapped[/bold] in {escape(content['model'])}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
     for heading in ("module", "was", "now", "status"):
         table.add_column(heading)
     for entry in content["entries"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -15,36 +16,60 @@ from embedkernels.cli.settings import Settings
 
 METRICS = "metrics.json"
 PLOT = "metrics.png"
-# What a command may write, and --overwrite may remove.
+# Runs work here; what they leave moves up when all of them are done, so a failure costs no earlier result.
+UNFINISHED = "unfinished"
+# What a command writes, and --overwrite replaces.
 _OURS = (METRICS, PLOT, "stock", "patched", "model", "stock.log", "patched.log")
 
 
-def prepare(output: Path, *, overwrite: bool) -> None:
-    """Make the output directory; an earlier run's is only taken with ``overwrite``.
+def prepare(output: Path, *, overwrite: bool) -> Path:
+    """Make the output directory and an empty one in it to work in; an earlier result stays until :func:`finish`.
+
+    Returns:
+        The directory to work in.
 
     Raises:
-        UsageError: the directory holds something, or is a file.
+        UsageError: the directory holds other files, or an earlier result without ``overwrite``, or is a file.
         CliError: it cannot be made.
     """
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output: {output} is a file", "Name a directory.")
+    work = output / UNFINISHED
     try:
         there = {one.name for one in output.iterdir()} if output.is_dir() else set()
-        foreign = sorted(there - set(_OURS))
+        foreign = sorted(there - {*_OURS, UNFINISHED})
         if foreign:
-            raise UsageError(
-                f"--output: {output} holds other files ({foreign[0]}, ...)", "Name a new or an empty directory."
-            )
-        if there and not overwrite:
+            raise UsageError(f"--output: {output} holds other files ({foreign[0]})", "Name a new or empty directory.")
+        if there - {UNFINISHED} and not overwrite:
             raise UsageError(
                 f"--output: {output} holds an earlier run", "Name another directory, or replace it with --overwrite."
             )
-        for name in there:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
     except OSError as error:
         raise CliError(f"--output: {output} cannot be written: {error}") from error
+    return work
+
+
+def finish(output: Path) -> None:
+    """Replace an earlier result by what the runs left."""
+    for name in _OURS:
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    work = output / UNFINISHED
+    for path in work.iterdir():
+        path.rename(output / path.name)
+    work.rmdir()
+
+
+def abandon(output: Path) -> None:
+    """Remove what was begun, and the directory if nothing else is in it."""
+    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        output.rmdir()
 
 
 def folder(output: Path, runs: Sequence[str], run: str) -> Path:

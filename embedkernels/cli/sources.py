@@ -36,6 +36,7 @@ def load(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
             )
         return tables.read(path, argument, wanted)
     # A data set's name may have a dot too, but then it has an owner: "owner/set.v2".
+    path = Path(_parts(source)[0]).expanduser()
     looks_like_path = source.startswith((".", "~", os.sep)) or (path.suffix and path.parent.is_dir())
     if looks_like_path and not path.is_dir():
         raise _no_file(path, argument)
@@ -67,6 +68,9 @@ def _no_file(path: Path, argument: str) -> UsageError:
 def _parts(source: str) -> tuple[str, str | None, str | None]:
     if Path(source).expanduser().exists():
         return source, None, None
+    folder, colon, split = source.rpartition(":")
+    if colon and Path(folder).expanduser().is_dir():
+        return folder, None, split
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise UsageError(f"data set {source!r} has too many parts", "Use NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from embedkernels.cli import encoding, environment, examples, metrics, models
+from embedkernels.cli import encoding, environment, metrics, models
 from embedkernels.cli.errors import CliError, UsageError
+from embedkernels.cli.examples import Data
 from embedkernels.cli.measure import PeakMemory, StepMeter, throughput
 from embedkernels.cli.settings import Settings
 
@@ -50,11 +51,12 @@ class _Progress(TrainerCallback):
         self.emit({"event": "evaluated batch"})
 
 
-def run(settings: Settings, output: Path, *, patched: bool, emit: Emit) -> dict[str, Any]:
+def run(settings: Settings, data: Data, output: Path, *, patched: bool, emit: Emit) -> dict[str, Any]:
     """Fine-tune once.
 
     Args:
         settings: what to do.
+        data: what to learn from, of ``examples.load``.
         output: directory that gets the model and its tokenizer, loadable by transformers alone.
         patched: whether ``embedkernels.patch`` is applied.
         emit: gets events for the screen, ``{"event": KIND, ...}`` with KIND one of ``phase`` (``name``, maybe
@@ -76,10 +78,6 @@ def run(settings: Settings, output: Path, *, patched: bool, emit: Emit) -> dict[
     def notice(text: str) -> None:
         emit({"event": "notice", "text": text})
 
-    phase("reading data")
-    data = examples.load(settings)
-    for text in data.notices:
-        notice(text)
     phase("loading model")
     device = _device(settings)
     set_seed(settings.seed)

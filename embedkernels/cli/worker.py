@@ -9,10 +9,13 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from embedkernels.cli import examples, models
 from embedkernels.cli.errors import CliError, UsageError
+from embedkernels.cli.settings import Settings
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        emit({"event": "result", **_run(job, emit)})
+        emit({"event": "result", **execute(job, emit)})
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -38,10 +41,23 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run(job: dict[str, Any], emit: Any) -> dict[str, Any]:
-    from embedkernels.cli.settings import Settings
+def execute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Do a job: ``settings``, ``output`` and ``patched`` of ``training.run``.
 
-    emit({"event": "phase", "name": "starting"})
+    What is wrong with paths and data is said before the heavy imports.
+
+    Raises:
+        CliError: as ``training.run``, and if a package is missing.
+    """
+    settings = Settings(**job["settings"])
+    emit({"event": "phase", "name": "reading data"})
+    models.check_name("--model", settings.model, "config.json")
+    if settings.tokenizer is not None:
+        models.check_name("--tokenizer", settings.tokenizer)
+    data = examples.load(settings)
+    for text in data.notices:
+        emit({"event": "notice", "text": text})
+    emit({"event": "phase", "name": "loading torch and transformers"})
     try:
         import transformers
 
@@ -52,7 +68,7 @@ def _run(job: dict[str, Any], emit: Any) -> dict[str, Any]:
         ) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return training.run(Settings(**job["settings"]), Path(job["output"]), patched=job["patched"], emit=emit)
+    return training.run(settings, data, Path(job["output"]), patched=job["patched"], emit=emit)
 
 
 def describe(error: Exception) -> dict[str, Any]:

@@ -1,0 +1,220 @@
+"""From tables to examples: what each task takes of a row, the labels, and the rows held back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedkernels.cli import examples, sources
+from embedkernels.cli.errors import CliError, UsageError
+from embedkernels.cli.examples import Example
+from embedkernels.cli.settings import Settings
+from tests.cli import support
+
+
+def load(path: Path, **more: Any) -> examples.Data:
+    return examples.load(Settings(model="none", train=str(path), **{"eval_fraction": 0.5, **more}))
+
+
+def as_json(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["b", "a", "b", "a"], ("a", "b")),
+        ([10, 9, 10, 9], ("9", "10")),
+        (["10", "9", "10", "9"], ("9", "10")),
+        ([1.0, 0.0, 1, 0], ("0", "1")),
+        ([True, False, True, False], ("False", "True")),
+        ([" a", "a ", "b", "b"], ("a", "b")),
+        (["1", "x", "1", "x"], ("1", "x")),
+    ],
+    ids=str,
+)
+def test_labels_are_texts_or_whole_numbers_in_a_fixed_order(tmp_path: Path, values: list[Any], labels: tuple) -> None:
+    path = as_json(tmp_path / "a.json", *({"text": "x", "label": value} for value in values))
+    assert load(path).labels == labels
+
+
+def test_rows_without_a_text_or_label_are_left_out_and_said(tmp_path: Path) -> None:
+    rows = [("one", "a"), ("", "a"), ("two", " "), ("three", "b"), ("four", "a"), ("five", "b")]
+    path = support.write_csv(tmp_path / "a.csv", rows)
+    data = load(path)
+    assert sorted(str(one.text) for one in data.train + data.evaluation) == ["five", "four", "one", "three"]
+    assert f"2 rows without a value in 'text' or a value in 'label' left out (first: {path}, line 3)" in data.notices
+
+
+def test_rows_held_back_have_every_class_in_its_share_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "rare" if i % 10 == 0 else "often") for i in range(200)]
+    path = support.write_csv(tmp_path / "a.csv", rows)
+    data = load(path, eval_fraction=0.1)
+    assert Counter(one.label for one in data.evaluation) == {"often": 18, "rare": 2}
+    assert Counter(one.label for one in data.train) == {"often": 162, "rare": 18}
+    assert not {one.text for one in data.train} & {one.text for one in data.evaluation}
+    assert load(path, eval_fraction=0.1) == data
+    assert load(path, eval_fraction=0.1, seed=1).evaluation != data.evaluation
+    assert "no --eval: 20 of 200 rows are held back for evaluation (--eval-fraction 0.1)" in data.notices
+
+
+@pytest.mark.parametrize("words", [["New", "York"], '["New", "York"]', "New York"], ids=str)
+@pytest.mark.parametrize("tags", [["B", "I"], '["B", "I"]', "B I"], ids=str)
+def test_words_and_tags_may_be_lists_or_texts(tmp_path: Path, words: Any, tags: Any) -> None:
+    path = as_json(tmp_path / "a.json", *[{"tokens": words, "tags": tags}] * 2)
+    data = load(path, task="token-classification")
+    assert data.train == data.evaluation == [Example(["New", "York"], ["B", "I"])]
+
+
+def test_a_word_that_looks_like_a_list_is_a_word(tmp_path: Path) -> None:
+    path = as_json(tmp_path / "a.json", *[{"tokens": "[1 see", "tags": "O B"}] * 2)
+    assert load(path, task="token-classification").train[0].text == ["[1", "see"]
+
+
+def test_a_language_model_takes_the_text_alone(tmp_path: Path) -> None:
+    data = load(as_json(tmp_path / "a.json", *[{"text": "x"}] * 2), task="causal-lm")
+    assert data.labels == ()
+    assert data.train == [Example("x", None)]
+
+
+def test_many_labels_are_noticed(tmp_path: Path) -> None:
+    path = support.write_csv(tmp_path / "a.csv", [(f"t{i % 2}", f"id{i // 2}") for i in range(60)])
+    assert "30 different labels in 30 rows: is --label the right column?" in load(path).notices
+
+
+FAULTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
+    "score": ({}, [{"text": "x", "label": 0.37}], "a.json, row 1: 0.37 is a number, not a class"),
+    "list as text": ({}, [{"text": ["x"], "label": 1}], "row 1: expected a text, got a list|token-classification"),
+    "list as label": ({}, [{"text": "x", "label": ["a"]}], "row 1: expected a text or a whole number, got a list"),
+    "one class": ({}, [{"text": "x", "label": "a"}] * 4, "every row of {path} has the label 'a'"),
+    "nothing in it": ({}, [{"text": None, "label": "a"}] * 4, "no row of {path} has a value in 'text' or"),
+    "too few to hold back": (
+        {"eval_fraction": 0.1},
+        [{"text": "x", "label": "a"}, {"text": "x", "label": "b"}],
+        "--eval-fraction: 0.1 of 2 rows holds none back|--eval",
+    ),
+    "tags": (
+        {"task": "token-classification"},
+        [{"tokens": "a b", "tags": "O O"}, {"tokens": "a b c", "tags": "O O"}],
+        "row 2: 2 tags for 3 words",
+    ),
+    "words": ({"task": "token-classification"}, [{"tokens": 3, "tags": "O"}], "row 1: expected a list of words, got"),
+}
+
+
+@pytest.mark.parametrize(("more", "rows", "expected"), FAULTS.values(), ids=FAULTS)
+def test_faults_name_the_argument_and_the_row(
+    tmp_path: Path, more: dict[str, Any], rows: list[dict[str, Any]], expected: str
+) -> None:
+    path = as_json(tmp_path / "a.json", *rows)
+    with pytest.raises(UsageError) as caught:
+        load(path, **more)
+    for part in expected.format(path=path).split("|"):
+        assert part in f"{caught.value.message} {caught.value.remedy}"
+
+
+def test_labels_that_training_lacks_are_named(tmp_path: Path) -> None:
+    train = support.write_csv(tmp_path / "a.csv", [("x", "good"), ("y", "bad")])
+    evaluation = support.write_csv(tmp_path / "b.csv", [("x", "good"), ("y", "Bad"), ("y", "Bad")])
+    with pytest.raises(UsageError) as caught:
+        load(train, evaluation=str(evaluation))
+    assert caught.value.message == f"--label: {evaluation} has labels that --train lacks: 'Bad' (2x)"
+    assert caught.value.remedy == "--train has: 'bad', 'good'."
+
+
+def test_labels_that_evaluation_lacks_are_noticed(tmp_path: Path) -> None:
+    train = support.write_csv(tmp_path / "a.csv", [("x", "good"), ("y", "bad")])
+    evaluation = support.write_csv(tmp_path / "b.csv", [("x", "good")])
+    assert "labels that the evaluation never meets: bad" in load(train, evaluation=str(evaluation)).notices
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A data set as the ``datasets`` package saves it, with names for its class numbers."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "tokens": datasets.Sequence(datasets.Value("string")),
+            "tags": datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"])),
+        }
+    )
+    rows = {"text": ["a", "b"], "label": [1, 0], "tokens": [["a"], ["b", "c"]], "tags": [[0], [1, 0]]}
+    one = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": one, "validation": one}).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_data_set_brings_its_splits_and_names(saved: Path) -> None:
+    data = examples.load(Settings(model="none", train=str(saved)))
+    assert data.labels == ("no", "yes")
+    assert data.train == data.evaluation == [Example("a", "yes"), Example("b", "no")]
+    assert f"no --eval: evaluating on {saved}:validation" in data.notices
+    tags = examples.load(Settings(model="none", train=str(saved), task="token-classification"))
+    assert tags.train[1] == Example(["b", "c"], ["B-X", "O"])
+
+
+def test_a_data_set_without_the_column_lists_those_it_has(saved: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        examples.load(Settings(model="none", train=str(saved), label="labels"))
+    assert caught.value.remedy == "Columns there: text, label, tokens, tags. Did you mean 'label'?"
+
+
+def test_a_directory_of_files_is_a_data_set(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    support.write_csv(folder / "train.csv", [("x", "a"), ("y", "b")])
+    support.write_csv(folder / "test.csv", [("z", "a")])
+    data = examples.load(Settings(model="none", train=str(folder)))
+    assert (len(data.train), data.evaluation) == (2, [Example("z", "a")])
+
+
+def test_a_split_that_is_not_there_lists_the_splits(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(sources, "_open", lambda *_: datasets.load_from_disk(str(saved)))
+    assert sources.load("owner/name:validation", "--train", {"--text": "text"}).name == "owner/name:validation"
+    with pytest.raises(UsageError) as caught:
+        sources.load("owner/name:holdout", "--train", {"--text": "text"})
+    assert caught.value.message == "--train: data set 'owner/name' has no split 'holdout'"
+    assert caught.value.remedy.startswith("Splits there: train, validation.")
+
+
+def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    support.write_csv(tmp_path / "train.csv", [("x", "a")])
+    (tmp_path / "a.xlsx").write_text("x")
+    wanted = {"--text": "text"}
+
+    def error(source: object) -> str:
+        with pytest.raises(CliError) as caught:
+            sources.load(str(source), "--eval", wanted)
+        assert caught.value.exit_code == 2
+        return f"{caught.value.message} {caught.value.remedy}"
+
+    assert "Did you mean 'train.csv'?" in error(tmp_path / "tran.csv")
+    assert "There is no directory" in error(tmp_path / "no" / "train.csv")
+    assert "unknown format '.xlsx' Use one of .csv .tsv" in error(tmp_path / "a.xlsx")
+    assert "too many parts" in error("a:b:c:d")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install 'embedkernels[datasets]'" in error("imdb")
+
+
+def test_a_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*arguments: Any) -> None:
+        raise ConnectionError("Couldn't reach 'imdb' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UsageError) as caught:
+        sources.load("imdb", "--train", {"--text": "text"})
+    assert (
+        "neither a file nor a data set that can be loaded (Couldn't reach 'imdb' on the Hub)" in caught.value.message
+    )
