@@ -8,6 +8,7 @@ transformers' own SDPA function with the mask it expects, or is refused where th
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from embedkernels.hf import masks
+from embedkernels.ops import attention as attention_op
 
 NAME = "embedkernels"
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention_forward(
@@ -62,8 +63,11 @@ def attention_forward(
         attention_mask = attention_mask[None, None]
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
         attention_mask = _packed(kwargs, query, key, attention_mask, causal)
-    if _kernels_take(query, key, value, attention_mask, kwargs):
-        return _run(query, key, value, attention_mask, dropout, scaling, causal), None
+    if masks.attention_backend(query.device) == "triton":
+        reason = _why_not_kernels(query, key, value, attention_mask, kwargs)
+        if reason is None:
+            return _run(query, key, value, attention_mask, dropout, scaling, causal), None
+        _warn_once(reason)
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = masks.causal_keys_to_dense(attention_mask, query.shape[2])
     out: tuple[Tensor, None] = sdpa_attention_forward(
@@ -117,21 +121,46 @@ def _packed(kwargs: dict[str, Any], query: Tensor, key: Tensor, mask: Tensor | N
     return masks.packed_to_dense(mask, of_q, of_k, q_length, kv_length, causal and q_length > 1)
 
 
-def _kernels_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether this call is one that the kernels compute exactly, on a device where they run."""
-    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
-        return False
+def why_not_heads(head_size: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not take heads of this size and dtype, or None if they do."""
+    low, high = attention_op.HEAD_SIZES
+    if not low <= head_size <= high:
+        return f"the kernels take heads of {low} to {high}, not {head_size}"
+    return why_not_dtype(dtype)
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """Why the kernels do not compute in this dtype, or None if they do."""
+    return None if dtype in attention_op.DTYPES else f"the kernels take float32, bfloat16 and float16, not {dtype}"
+
+
+def _why_not_kernels(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> str | None:
+    """Why this call is not one that the kernels compute exactly, or None if it is."""
+    if kwargs.get("position_bias") is not None:
+        return "the kernels take no position_bias"
+    if kwargs.get("cache") is not None:
+        return "the kernels take no paged cache"
+    if query.shape[-1] != value.shape[-1]:
+        return f"queries have heads of {query.shape[-1]}, values of {value.shape[-1]}"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    if query.shape[-1] != value.shape[-1] or not 16 <= query.shape[-1] <= 128 or query.dtype not in _KERNEL_DTYPES:
-        return False
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            return False
+        return "torch.jit is tracing"
+    if mask is not None and mask.dim() != 2:
         batch, keys = query.shape[0], key.shape[2]
-        if mask.dim() != 2 and (mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, 1, keys)):
-            return False
-    return masks.attention_backend(query.device) == "triton"
+        if mask.dtype != torch.bool or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, 1, keys):
+            return "a dense mask: not only causal and padding, or a model without a row in the table"
+    return why_not_heads(query.shape[-1], query.dtype)
+
+
+_said: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason in _said or torch.compiler.is_compiling():
+        return
+    _said.add(reason)
+    warnings.warn(f"embedkernels: attention runs on SDPA: {reason}", UserWarning, stacklevel=4)
 
 
 def _run(
@@ -143,13 +172,6 @@ def _run(
     scaling: float | None,
     causal: bool,
 ) -> Tensor:
-    from embedkernels.ops.attention import attention
-
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # SDPA is on autocast's list of ops that run in the lower precision.
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q_length, kv_length = query.shape[2], key.shape[2]
     key_mask, offset = None, 0
     if mask is None:
@@ -160,8 +182,8 @@ def _run(
     elif mask.dim() == 2:
         key_mask, causal, offset = mask, True, kv_length - q_length
     else:
-        key_mask, causal = mask[:, 0, 0, :].expand(query.shape[0], -1), False
-    out = attention(
+        key_mask, causal = mask[:, 0, 0, :], False
+    out = attention_op.attention(
         query,
         key,
         value,

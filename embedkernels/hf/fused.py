@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from embedkernels.hf import guards
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
 from embedkernels.nn.embedding import FusedEmbedding
+from embedkernels.ops.embed import embed
 
 STOCK = "_embedkernels_stock"
 ADAPTER = "_embedkernels_adapter"
@@ -165,8 +166,6 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
 def _embed(
     module: Any, adapter: Adapter, ids: Tensor, position_ids: Tensor | None, start: int, type_ids: Tensor | None
 ) -> Tensor:
-    from embedkernels.ops.embed import embed
-
     parts = module._modules
     tokens, positions = parts[adapter.tokens], parts[adapter.positions]
     types = parts[adapter.types] if adapter.types else None

@@ -192,9 +192,9 @@ def _embedding_step(path: str, module: nn.Module, adapter: Adapter, never: str |
     status: Status = "already" if already else "patched"
     if not_now is not None:
         status = "falls back"
-    device = next(module.parameters()).device
-    ops = () if not_now is not None else tuple(_choice(op, device) for op in adapter.ops)
-    entry = Entry(path, "embeddings", stock, adapter.formula, status, not_now or "", ops)
+    ops = () if not_now is not None else tuple(_choice(op, module) for op in adapter.ops)
+    note = "under torch.compile the stock forward runs, and Inductor fuses it" if adapter.recipe == "inline" else ""
+    entry = Entry(path, "embeddings", stock, adapter.formula, status, not_now or note, ops)
     return _Step(entry, module, not already)
 
 
@@ -211,11 +211,10 @@ def _plan_attention(model: nn.Module) -> Iterator[_Step]:
 
 def _attention_step(path: str, module: PreTrainedModel, sharing: tuple[nn.Module, ...]) -> _Step:
     current = module.config._attn_implementation
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if current == hf_attention.NAME:
         before = module.__dict__.get(_RECORD)
         was = before.implementation if before is not None else current
-        entry = Entry(path, "attention", was, current, "already", "", (_choice("attention", device),))
+        entry = Entry(path, "attention", was, current, "already", "", (_choice("attention", module),))
         return _Step(entry, module, False)
     reason = None
     if family_of(module) is None:
@@ -230,11 +229,26 @@ def _attention_step(path: str, module: PreTrainedModel, sharing: tuple[nn.Module
         reason = "config.reorder_and_upcast_attn asks for eager attention"
     if reason is not None:
         return _Step(Entry(path, "attention", str(current), str(current), "left alone", reason), module, False)
-    ops = (_choice("attention", device),)
+    ops = (_choice("attention", module),)
     entry = Entry(path, "attention", str(current), hf_attention.NAME, "patched", "", ops)
     return _Step(entry, module, True, sharing)
 
 
-def _choice(op: str, device: torch.device) -> OpChoice:
-    choice = choose(op, device)
-    return OpChoice(op, device.type, choice.backend, choice.reason)
+def _choice(op: str, module: nn.Module) -> OpChoice:
+    """Where an op of this module runs, and why, from its device, dtype and head size."""
+    parameter = next(module.parameters(), torch.empty(0))
+    choice = choose(op, parameter.device)
+    if choice.backend == "triton":
+        reason = None
+        if op == "embed":
+            reason = hf_attention.why_not_dtype(parameter.dtype)
+        elif op == "attention" and isinstance(module, PreTrainedModel):
+            reason = hf_attention.why_not_heads(_head_size(module.config), parameter.dtype)
+        if reason is not None:
+            return OpChoice(op, parameter.device.type, "torch", reason)
+    return OpChoice(op, parameter.device.type, choice.backend, choice.reason)
+
+
+def _head_size(config: Any) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size

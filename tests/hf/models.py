@@ -98,9 +98,9 @@ def build(name: str, *, layers: int = 1, dropout: float = 0.0, dtype: torch.dtyp
     return model.to(dtype).train()
 
 
-def pair(name: str, **options: object) -> tuple[PreTrainedModel, PreTrainedModel]:
+def pair(name: str, device: torch.device | str = "cpu", **options: object) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A stock model and a patched copy of it."""
-    stock = build(name, **options)
+    stock = build(name, **options).to(device)
     patched = copy.deepcopy(stock)
     ek.patch(patched, strict=True)
     return stock, patched
@@ -118,3 +118,8 @@ def padded(batch: int = 3, length: int = 7, side: str = "right") -> dict[str, Te
         padding = slice(length - row, None) if side == "right" else slice(0, row)
         input_ids[row, padding], mask[row, padding] = 1, 0
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def on(device: torch.device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs on a device."""
+    return {key: value.to(device) for key, value in inputs.items()}

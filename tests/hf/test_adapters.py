@@ -13,7 +13,7 @@ import embedkernels as ek
 from embedkernels.hf import fused
 from embedkernels.hf.adapters import ADAPTERS
 from tests.contract import assert_within_contract
-from tests.hf.models import DECODERS, FUSED, MODELS, POSITIONS, TYPED, VOCAB, build, ids, padded, pair
+from tests.hf.models import DECODERS, FUSED, MODELS, POSITIONS, TYPED, VOCAB, build, ids, on, padded, pair
 
 BY_NAME = pytest.mark.parametrize("name", MODELS)
 
@@ -152,10 +152,10 @@ def test_embeddings_alone_with_a_past_and_by_position(name):
 
 
 @BY_NAME
-def test_kernels_are_close_in_fp32(name):
-    stock, patched = pair(name)
+def test_kernels_are_close_in_fp32(name, device):
+    stock, patched = pair(name, device)
     for side in ("left", "right"):
-        inputs = padded(2, 6, side)
+        inputs = on(device, padded(2, 6, side))
         expected, theirs = run(stock, **inputs)
         with ek.use_backend("triton"):
             output, ours = run(patched, **inputs)
@@ -170,9 +170,9 @@ def test_kernels_are_close_in_fp32(name):
 
 
 @BY_NAME
-def test_gradients_of_the_kernels_are_close_in_fp32(name):
-    stock, patched = pair(name)
-    inputs = {"input_ids": ids(2, 5)}
+def test_gradients_of_the_kernels_are_close_in_fp32(name, device):
+    stock, patched = pair(name, device)
+    inputs = on(device, {"input_ids": ids(2, 5)})
     inputs["input_ids"][:, :2] = 5
     _, theirs = run(stock, **inputs)
     with ek.use_backend("triton"):
@@ -183,9 +183,9 @@ def test_gradients_of_the_kernels_are_close_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_kernels_repeat_their_dropout_with_the_seed(name):
-    _, patched = pair(name, dropout=0.4)
-    inputs = {"input_ids": ids(2, 4)}
+def test_kernels_repeat_their_dropout_with_the_seed(name, device):
+    _, patched = pair(name, device, dropout=0.4)
+    inputs = on(device, {"input_ids": ids(2, 4)})
     with ek.use_backend("triton"), torch.no_grad():
         torch.manual_seed(1)
         first = patched(**inputs).last_hidden_state
@@ -240,7 +240,7 @@ def test_sinusoidal_positions_of_distilbert_stay_frozen():
     assert torch.equal(patched(input_ids).last_hidden_state, stock(input_ids).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama"])
 def test_torch_compile_takes_the_whole_graph(name):
     stock, patched = pair(name)
     inputs = padded()
@@ -294,7 +294,7 @@ def test_gpt2_installs_its_capturing_hooks_once():
     assert len(patched.h[0]._forward_hooks) == 1
 
 
-def test_gpt2_with_cross_attention_equals_stock():
+def test_gpt2_with_cross_attention_equals_stock(device):
     config = transformers.GPT2Config(
         n_embd=32, n_head=2, n_layer=1, n_positions=40, vocab_size=VOCAB, add_cross_attention=True
     )
@@ -303,10 +303,11 @@ def test_gpt2_with_cross_attention_equals_stock():
     ek.patch(patched)
     inputs = {**padded(), "encoder_hidden_states": torch.randn(3, 4, 32), "encoder_attention_mask": torch.ones(3, 4)}
     inputs["encoder_attention_mask"][0, 2:] = 0
+    assert torch.equal(patched(**inputs).last_hidden_state, stock(**inputs).last_hidden_state)
+    stock, patched, inputs = stock.to(device), patched.to(device), on(device, inputs)
     expected = stock(**inputs).last_hidden_state
-    assert torch.equal(patched(**inputs).last_hidden_state, expected)
+    kept = inputs["attention_mask"].bool()
     with ek.use_backend("triton"):
-        kept = inputs["attention_mask"].bool()
         output = patched(**inputs).last_hidden_state
     torch.testing.assert_close(output[kept], expected[kept], rtol=1e-5, atol=1e-5)
 
@@ -393,13 +394,13 @@ def test_generation_equals_stock():
             assert torch.equal(produced[0], produced[1]), (name, options)
 
 
-def test_generation_with_the_kernels_equals_stock():
+def test_generation_with_the_kernels_equals_stock(device):
     for cls, name in ((transformers.GPT2LMHeadModel, "gpt2"), (transformers.LlamaForCausalLM, "llama")):
         torch.manual_seed(0)
-        stock = cls(build(name).config).eval()
+        stock = cls(build(name).config).eval().to(device)
         patched = copy.deepcopy(stock)
         ek.patch(patched, strict=True)
-        for inputs in (padded(2, 4, "left"), {"input_ids": ids(2, 4)}):
+        for inputs in (on(device, padded(2, 4, "left")), on(device, {"input_ids": ids(2, 4)})):
             options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
             expected = stock.generate(**inputs, **options)
             with ek.use_backend("triton"):

@@ -12,8 +12,8 @@ from embedkernels.hf import guards
 from tests.hf.models import VOCAB, build
 
 
-def classifier(dropout=0.0):
-    config = build("bert", layers=2, dropout=dropout).config
+def classifier(dropout=0.0, layers=2):
+    config = build("bert", layers=layers, dropout=dropout).config
     config.num_labels = 2
     torch.manual_seed(0)
     return transformers.BertForSequenceClassification(config).train()
@@ -21,7 +21,7 @@ def classifier(dropout=0.0):
 
 def batches(steps, batch=8, length=12):
     """Sentences of many lengths; the label says whether token 7 is in one, so there is something to learn."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     for _ in range(steps):
         input_ids = torch.randint(8, VOCAB, (batch, length), generator=generator)
         lengths = torch.randint(2, length + 1, (batch, 1), generator=generator)
@@ -79,9 +79,9 @@ def test_fifty_steps_of_adamw_agree():
     assert sum(theirs[-5:]) < 0.7 * sum(theirs[:5]), "nothing was learnt: the test shows nothing"
 
 
-@pytest.mark.usefixtures("runs_fused")
+@pytest.mark.usefixtures("runs_fused", "on_device")
 def test_ten_steps_through_the_kernels_agree():
-    stock = classifier()
+    stock = classifier(layers=1)
     patched = copy.deepcopy(stock)
     ek.patch(patched, strict=True)
     data = list(batches(10, batch=2, length=6))

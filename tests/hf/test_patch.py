@@ -187,7 +187,7 @@ def test_what_is_no_module_is_a_type_error(function, wrong):
         function(wrong)
 
 
-def test_the_report_says_what_runs_where_and_why():
+def test_the_report_says_what_runs_where_and_why(device):
     model = transformers.BertForSequenceClassification(build("bert").config)
     report = ek.patch(model)
     assert isinstance(report, PatchReport)
@@ -212,8 +212,21 @@ def test_the_report_says_what_runs_where_and_why():
     assert [op["op"] for op in embeddings["ops"]] == ["embed", "embedding_grad"]
     assert attention["was"] == "sdpa"
     assert attention["ops"][0]["backend"] == "torch"
+    model.to(device)
     with ek.use_backend("triton"):
-        assert ek.patch(model).entries[0].ops[0].backend == "triton"
+        entries = ek.patch(model).entries
+        assert [entry.ops[0].backend for entry in entries] == ["triton", "triton"]
+        model.double()
+        entries = ek.patch(model).entries
+        assert [entry.ops[0].backend for entry in entries] == ["torch", "torch"]
+        assert all("float64" in entry.ops[0].reason for entry in entries)
+        wide = transformers.BertConfig(hidden_size=144, num_attention_heads=1, num_hidden_layers=1)
+        assert (
+            ek.patch(transformers.BertModel(wide).to(device))
+            .entries[1]
+            .ops[0]
+            .reason.endswith("heads of 16 to 128, not 144")
+        )
 
 
 def test_describe_changes_nothing():
@@ -266,17 +279,21 @@ def _python(code, argument):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("embeddings", [True, False])
-def test_a_pickle_is_loaded_by_a_process_that_has_imported_nothing(embeddings, tmp_path):
-    model = build("gpt2")
-    ek.patch(model, embeddings=embeddings)
+def test_a_pickle_is_loaded_by_a_process_that_has_imported_nothing(tmp_path):
+    """Each kind of patch brings along what it needs: the first pickle loaded must not help the second."""
     inputs = {"input_ids": ids()}
-    torch.save((model, inputs, model(**inputs).last_hidden_state.detach()), tmp_path / "model.pt")
+    for embeddings in (True, False):
+        model = build("gpt2")
+        ek.patch(model, embeddings=embeddings, attention=not embeddings)
+        torch.save((model, inputs, model(**inputs).last_hidden_state.detach()), tmp_path / f"{embeddings}.pt")
     code = (
-        "import sys, torch; model, inputs, expected = torch.load(sys.argv[1], weights_only=False); "
-        "assert torch.equal(model(**inputs).last_hidden_state, expected)"
+        "import os, sys, torch\n"
+        "path = sys.argv[1] + ('/False.pt' if os.fork() else '/True.pt')\n"
+        "model, inputs, expected = torch.load(path, weights_only=False)\n"
+        "assert torch.equal(model(**inputs).last_hidden_state, expected)\n"
+        "if path.endswith('/False.pt'): assert os.wait()[1] == 0, 'the other process failed'"
     )
-    _python(code, tmp_path / "model.pt")
+    _python(code, tmp_path)
 
 
 @BY_NAME
