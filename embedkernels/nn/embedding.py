@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from embedkernels.ops.embedding import embedding
+from embedkernels.ops.embedding_grad import DTYPES
 
 
 class FusedEmbedding(nn.Embedding):
@@ -15,8 +17,9 @@ class FusedEmbedding(nn.Embedding):
     ``nn.Embedding``. The gradient of the table is added in fp32 whatever its dtype, with the same bits in every run.
     An id out of range raises an IndexError that names it (see :func:`embedkernels.embedding`).
 
-    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are honoured by running the stock forward; so are weights that
-    are no plain floating-point tensor (a DTensor, a quantised tensor). ``fused`` tells.
+    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are honoured by running the stock forward, which ``fused`` tells.
+    So are weights that are no plain floating-point tensor (a DTensor, a quantised tensor) and the transforms of
+    ``torch.func``.
 
     Args:
         num_embeddings: V, rows of the table.
@@ -44,9 +47,10 @@ class FusedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table at ``input``."""
         weight = self.weight
-        # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op.
-        plain = type(weight) in (Tensor, Parameter) and weight.is_floating_point()
-        if not (self.fused and plain):
+        # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op; so do torch.func's
+        # transforms.
+        plain = type(weight) in (Tensor, Parameter) and weight.dtype in DTYPES
+        if not (self.fused and plain) or torch._C._are_functorch_transforms_active():
             return super().forward(input)
         return embedding(input, weight, padding_idx=self.padding_idx)
 

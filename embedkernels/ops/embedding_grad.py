@@ -84,9 +84,10 @@ def embedding_plan(
     Args:
         ids: int32 or int64, any shape, fewer than 2**31 elements.
         num_embeddings: V, rows of the table, or of this shard of it.
-        padding_idx: the id whose row gets no gradient. Negative values count from the end of the table (only with
-            ``vocab_start`` 0).
-        vocab_start: the id of this shard's first row; ids outside [vocab_start, vocab_start + V) are dropped.
+        padding_idx: the id whose row gets no gradient; it may belong to another shard. Negative values count from
+            the end of the table (only with ``vocab_start`` 0).
+        vocab_start: the id of this shard's first row, not negative; ids outside [vocab_start, vocab_start + V) are
+            dropped.
         backend: ``"extension"``, ``"triton"``, ``"torch"`` or None for the best there is.
 
     Returns:
@@ -94,20 +95,19 @@ def embedding_plan(
 
     Raises:
         TypeError: ids that are not int32 or int64.
-        ValueError: too many ids or rows, or padding_idx out of range.
+        ValueError: too many ids or rows, a negative vocab_start, or a negative padding_idx out of range.
     """
     op = "embedding_plan"
     check_ids_tensor(ids, op)
     if not 0 <= num_embeddings < _LIMIT:
         raise ValueError(f"{op}: num_embeddings must be 0 to {_LIMIT - 1}, got {num_embeddings}")
-    if vocab_start == 0:
+    if not 0 <= vocab_start < 2**63 - _LIMIT:
+        raise ValueError(f"{op}: vocab_start must be 0 to {2**63 - _LIMIT - 1}, got {vocab_start}")
+    padding = -1 if padding_idx is None else padding_idx
+    if padding_idx is not None and padding_idx < 0:
+        if vocab_start:
+            raise ValueError(f"{op}: padding_idx must not be negative with vocab_start, got {padding_idx}")
         padding = normalized_padding(padding_idx, num_embeddings, op)
-    elif padding_idx is None:
-        padding = -1
-    elif padding_idx < 0:
-        raise ValueError(f"{op}: padding_idx must not be negative with vocab_start, got {padding_idx}")
-    else:
-        padding = padding_idx
     chosen = choose("embedding_grad", ids.device, backend).backend
     return _plan(ids, num_embeddings, padding, vocab_start, chosen)
 
@@ -197,6 +197,8 @@ def _backward_impl(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: i
     check_ids_tensor(ids, op)
     n = ids.numel()
     _check_grad_rows(grad_rows, n, ids.device, op)
+    if not 0 <= num_rows < _LIMIT:
+        raise ValueError(f"{op}: num_rows must be 0 to {_LIMIT - 1}, got {num_rows}")
     chosen = choose("embedding_grad", grad_rows.device, backend).backend
     width = grad_rows.shape[-1]
     rows = grad_rows.reshape(n, width)

@@ -42,10 +42,12 @@ def embedding_plan(
     """
     ids = ids.reshape(-1)
     n = ids.numel()
-    local = ids - vocab_start if vocab_start else ids
-    keep = (local >= 0) & (local < num_rows)
+    if vocab_start:
+        ids = ids.long()  # the bounds may not fit int32
+    keep = (ids >= vocab_start) & (ids < vocab_start + num_rows)
     if padding_idx >= 0:
         keep = keep & (ids != padding_idx)
+    local = ids - vocab_start if vocab_start else ids
     # Dropped ids sort behind all rows. A GPU's radix sort works by the key's width: 2 bytes take half the passes.
     narrow = num_rows < 1 << 15 and ids.device.type in ("cpu", "cuda")
     keys = torch.where(keep, local, num_rows).to(torch.int16 if narrow else torch.int32)
