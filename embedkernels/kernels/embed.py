@@ -414,9 +414,9 @@ def embed_backward(
         grad_rows, partial, projection, grad, mean, rstd, *tables, n, weight, *dropout,
         NORM=norm, WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
     )  # fmt: skip
-    none = inputs.weight.new_empty(0)
     weight_grad, bias_grad = (
-        torch.empty_like(p) if need_norm and p is not None else none for p in (norm_weight, norm_bias)
+        torch.empty_like(p) if need_norm and p is not None else inputs.weight.new_empty(0)
+        for p in (norm_weight, norm_bias)
     )
     if need_norm:
         embed_bwd_reduce_kernel[(triton.cdiv(width, REDUCE_COLUMNS), 2)](

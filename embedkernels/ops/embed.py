@@ -331,9 +331,9 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     choose("embed", weight.device, "triton")
     if ids.numel() == 0:
-        absent = weight.new_empty(0)
         norm_grads = (
-            torch.zeros_like(p) if need_norm and p is not None else absent for p in (norm_weight, norm_bias)
+            torch.zeros_like(p) if need_norm and p is not None else weight.new_empty(0)
+            for p in (norm_weight, norm_bias)
         )
         return (weight.new_empty((0, weight.shape[1])), *norm_grads)  # type: ignore[return-value]
     from embedkernels.kernels import embed as kernels

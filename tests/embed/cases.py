@@ -1,0 +1,123 @@
+"""Inputs of ``embed`` in every combination that matters, and its results beside PyTorch's and the exact ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import embedkernels as ek
+from embedkernels.reference.embed import embed as reference_embed
+from tests.contract import assert_within_contract
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PARAMETERS = ("weight", "position_weight", "type_weight", "norm_weight", "norm_bias")
+POSITIONS = ("none", "arange", "start", "ids", "one row", "expanded")
+TYPES = ("none", "zeros", "ids", "one row")
+NORMS = ("none", "plain", "weight", "bias", "both")
+SEED_LIMIT = 2**62
+
+
+@dataclass
+class Case:
+    """A call of ``embed``: ids, parameters by name, everything else by keyword."""
+
+    ids: Tensor
+    parameters: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values in another dtype, as leaves of their own."""
+        copies = {name: p.detach().to(dtype).requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
+        return Case(self.ids, copies, self.options)
+
+    def run(self, **more: Any) -> Tensor:
+        """``embed`` on the Triton backend: the device's own with a GPU, the interpreter without."""
+        return ek.embed(self.ids, **self.parameters, **self.options, **{"backend": "triton", **more})
+
+    def reference(self, seed: Tensor | None = None, lookup: Any = ek.embedding) -> Tensor:
+        """The same sequence of PyTorch's ops.
+
+        The lookup adds its gradient in fp32, as PyTorch's does on a GPU; its CPU kernel rounds bf16 at every step,
+        which would make the contract too easy.
+        """
+        return reference_embed(self.ids, **self.parameters, **self.options, seed=seed, lookup=lookup)
+
+    def gradients(self, y: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+        """Gradients of the parameters that ask for one."""
+        wanted = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), upstream.to(y.dtype)), strict=True))
+
+
+def make(
+    shape: tuple[int, ...],
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    positions: str = "ids",
+    types: str = "ids",
+    norm: str = "both",
+    dropout_p: float = 0.0,
+    padding_idx: int | None = 0,
+    position_padding_idx: int | None = None,
+    id_dtype: torch.dtype = torch.int64,
+    norm_eps: float = 1e-5,
+) -> Case:
+    """A case with random ids and parameters; 11 tokens, so that rows meet again."""
+    length = shape[-1] if shape else 1
+    rows = length + 4
+    lone = (1,) * (len(shape) - 1) + (length,)
+
+    def some_ids(high: int, size: tuple[int, ...]) -> Tensor:
+        return torch.randint(0, high, size, dtype=id_dtype, device=device)
+
+    def table(count: int) -> Tensor:
+        return torch.randn(count, width, device=device).to(dtype).requires_grad_()
+
+    parameters = {"weight": table(11)}
+    options: dict[str, Any] = {"dropout_p": dropout_p, "padding_idx": padding_idx}
+    if positions != "none":
+        parameters["position_weight"] = table(rows)
+        options["position_padding_idx"] = position_padding_idx
+    if positions == "start":
+        options["position_start"] = 3
+    if positions in ("ids", "one row", "expanded"):
+        drawn = some_ids(rows, shape if positions == "ids" else lone)
+        options["position_ids"] = drawn.expand(shape) if positions == "expanded" else drawn
+    if types != "none":
+        parameters["type_weight"] = table(3)
+    if types in ("ids", "one row"):
+        options["type_ids"] = some_ids(3, shape if types == "ids" else lone)
+    if norm != "none":
+        options |= {"norm": "layer", "norm_eps": norm_eps}
+    if norm in ("weight", "both"):
+        parameters["norm_weight"] = (1 + 0.5 * torch.randn(width, device=device)).to(dtype).requires_grad_()
+    if norm in ("bias", "both"):
+        parameters["norm_bias"] = torch.randn(width, device=device).to(dtype).requires_grad_()
+    return Case(some_ids(11, shape), parameters, options)
+
+
+def drawn_seed(manual_seed: int, device: torch.device | str) -> Tensor:
+    """What ``embed`` draws as its first random number after ``torch.manual_seed(manual_seed)``."""
+    torch.manual_seed(manual_seed)
+    return torch.randint(0, SEED_LIMIT, (1,), dtype=torch.int64, device=device)
+
+
+def assert_contract(case: Case) -> None:
+    """Output and each gradient of ``case`` on the Triton backend, under the numerical contract."""
+    seed = drawn_seed(5, case.ids.device) if case.options["dropout_p"] > 0 else None
+    torch.manual_seed(5)
+    ours = case.run()
+    theirs = case.reference(seed)
+    exact_case = case.to(torch.float64)
+    exact = exact_case.reference(seed)
+    assert_within_contract(ours.detach(), theirs.detach(), exact.detach(), "output")
+    assert ours.is_contiguous()
+    upstream = torch.randn(exact.shape, device=exact.device).to(ours.dtype)
+    our_grads, their_grads = case.gradients(ours, upstream), case.gradients(theirs, upstream)
+    exact_grads = exact_case.gradients(exact, upstream)
+    for name in exact_grads:
+        assert_within_contract(our_grads[name], their_grads[name], exact_grads[name], f"gradient of {name}")

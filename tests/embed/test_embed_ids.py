@@ -1,0 +1,226 @@
+"""Ids out of range and other bad input: named in the error, never used as an address."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import embedkernels as ek
+from embedkernels.ops.ids import ErrorState
+from tests.embed.cases import Case, make
+
+# Which ids, the table's name in the message, its rows in the case below, what precedes it in the argument list.
+TABLES = [("ids", "token", 11), ("position_ids", "position", 10), ("type_ids", "token type", 3)]
+
+
+def with_bad_id(case: Case, which: str, value: int, at: tuple[int, int]) -> Case:
+    changed = Case(case.ids.clone(), case.parameters, dict(case.options))
+    if which != "ids":
+        changed.options[which] = changed.options[which].clone()
+    target = changed.ids if which == "ids" else changed.options[which]
+    target[at] = value
+    return changed
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("value", ["rows", -1, 2**31 - 1])
+@pytest.mark.parametrize(("which", "table", "rows"), TABLES)
+def test_an_id_out_of_range_is_named(
+    which: str, table: str, rows: int, value: Any, backend: str, device: torch.device
+) -> None:
+    if backend == "torch" and device.type == "cuda":
+        pytest.skip("PyTorch's own lookup ends the CUDA context")
+    value = rows if value == "rows" else value
+    case = with_bad_id(make((3, 6), 8, device=device), which, value, (1, 2))
+    with pytest.raises(IndexError, match=f"embed: {table} id {value} at position 8 .* table of {rows} rows"):
+        run_and_wait(case, backend=backend)
+
+
+def test_ids_in_64_bits_are_not_cut_to_32(device: torch.device) -> None:
+    case = with_bad_id(make((3, 6), 8, device=device), "ids", 2**32 + 3, (0, 0))
+    with pytest.raises(IndexError, match=f"token id {2**32 + 3} at position 0"):
+        run_and_wait(case)
+
+
+def test_padding_idx_out_of_an_id_s_range_is_refused_before_anything_runs() -> None:
+    case = make((3, 6), 8)
+    for name, rows in (("padding_idx", 11), ("position_padding_idx", 10)):
+        changed = Case(case.ids, case.parameters, {**case.options, name: rows})
+        with pytest.raises(ValueError, match=f"padding_idx {rows} is out of range for a table of {rows} rows"):
+            changed.run(backend="torch")
+
+
+def run_and_wait(case: Case, **more: Any) -> None:
+    case.run(**more)
+    ek.check_errors()
+
+
+def launch(case: Case, errors: ErrorState, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward kernels without the host's check: output and row gradients."""
+    from embedkernels.kernels import embed as kernels
+
+    p, o = case.parameters, case.options
+    inputs = kernels.Inputs(
+        case.ids.flatten(), p["weight"].detach(), p["position_weight"].detach(), o["position_ids"].flatten(), 0,
+        case.ids.shape[-1], p["type_weight"].detach(), o["type_ids"].flatten(),
+    )  # fmt: skip
+    out = torch.full((case.ids.numel(), p["weight"].shape[1]), float("nan"), device=case.ids.device)
+    mean, rstd = kernels.embed_forward(inputs, out, norm, None, None, 1e-5, 0.0, None, (errors.flag, errors.record))
+    rows, _, _ = kernels.embed_backward(
+        inputs, torch.ones_like(out), norm, None, None, mean, rstd, 0.0, None, True, False
+    )
+    return out, rows
+
+
+@pytest.mark.parametrize("value", ["rows", -1, -(2**40), 2**40])
+@pytest.mark.parametrize(("which", "table", "rows"), TABLES)
+def test_a_kernel_records_a_bad_id_and_counts_its_row_as_zeros(
+    which: str, table: str, rows: int, value: Any, device: torch.device
+) -> None:
+    value = rows if value == "rows" else value
+    good = make((3, 6), 8, device=device, norm="none")
+    bad = with_bad_id(with_bad_id(good, which, value, (1, 2)), which, value, (2, 5))
+    errors = ErrorState(
+        torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(5, dtype=torch.int64, device=device)
+    )
+    out, row_grads = launch(bad, errors, norm=False)
+    index = [name for _, name, _ in TABLES].index(table)
+    assert errors.record.tolist() == [1, index, value, 8, rows]
+    assert int(errors.flag) == 1
+    assert torch.isfinite(row_grads).all()
+    expected = good.reference().detach().reshape(18, 8).clone()
+    parameter = {"ids": "weight", "position_ids": "position_weight", "type_ids": "type_weight"}[which]
+    for place in (8, 17):
+        looked_up = (good.ids if which == "ids" else good.options[which]).flatten()[place]
+        expected[place] -= good.parameters[parameter].detach()[looked_up]
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_record_is_kept_until_it_is_read(device: torch.device) -> None:
+    case = make((3, 6), 8, device=device)
+    errors = ErrorState(
+        torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(5, dtype=torch.int64, device=device)
+    )
+    launch(case, errors, norm=True)
+    assert errors.record.tolist() == [0] * 5
+    launch(with_bad_id(case, "ids", 11, (0, 3)), errors, norm=True)
+    launch(with_bad_id(case, "ids", 99, (0, 1)), errors, norm=True)
+    assert errors.record.tolist() == [1, 0, 11, 3, 11]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("which", "table", "rows"), TABLES)
+def test_on_a_gpu_the_next_call_raises_and_the_context_lives_on(
+    which: str, table: str, rows: int, device: torch.device
+) -> None:
+    good = make((3, 6), 8, device=device)
+    with_bad_id(good, which, rows, (1, 2)).run()
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match=f"{table} id {rows} at position 8"):
+        good.run()
+    assert torch.isfinite(good.run()).all()
+    ek.check_errors()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_ids_are_checked_at_once_where_asked(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDKERNELS_CHECK_IDS", "1")
+    with pytest.raises(IndexError, match="token id 11 at position 8"):
+        with_bad_id(make((3, 6), 8, device=device), "ids", 11, (1, 2)).run()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_bad_id_gets_no_gradient(device: torch.device) -> None:
+    case = with_bad_id(make((3, 6), 8, device=device), "ids", 99, (1, 2))
+    grads = case.gradients(case.run(), torch.randn(3, 6, 8, device=device))
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    with pytest.raises(IndexError, match="token id 99"):
+        ek.check_errors()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("length", "start"), [(11, 0), (3, 8)])
+def test_a_sequence_longer_than_the_position_table_is_refused(
+    length: int, start: int, backend: str, device: torch.device
+) -> None:
+    weight = torch.randn(5, 8, device=device)
+    positions = torch.randn(10, 8, device=device)
+    ids = torch.zeros(2, length, dtype=torch.int64, device=device)
+    message = (
+        f"embed: {length} positions from position_start {start} reach position {start + length - 1}, but "
+        f"position_weight has 10 rows: expected a sequence of at most {10 - start}"
+    )
+    with pytest.raises(IndexError, match=message):
+        ek.embed(ids, weight, position_weight=positions, position_start=start, backend=backend)
+
+
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+WEIGHT = torch.zeros(5, 4)
+ELSEWHERE = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ids": IDS.float()}, TypeError, "ids must be int32 or int64, got torch.float32"),
+        ({"ids": [[1, 2]]}, TypeError, "ids must be a Tensor, got list"),
+        ({"ids": IDS.to(ELSEWHERE)}, ValueError, "ids is on meta, weight is on cpu"),
+        ({"weight": [1.0]}, TypeError, "weight must be a Tensor, got list"),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight must be 2-D \(V, D\) with D >= 1, got shape \(4,\)"),
+        ({"weight": WEIGHT[:, :0]}, ValueError, r"D >= 1, got shape \(5, 0\)"),
+        ({"weight": WEIGHT.int()}, TypeError, "weight must be floating point, got torch.int32"),
+        ({"position_weight": WEIGHT[:, :3]}, ValueError, r"position_weight must be .* D = 4 .* got shape \(5, 3\)"),
+        ({"position_weight": WEIGHT.half()}, TypeError, "position_weight must be torch.float32 like weight"),
+        ({"position_weight": WEIGHT.to(ELSEWHERE)}, ValueError, "position_weight is on meta, weight is on cpu"),
+        ({"position_ids": IDS}, ValueError, "position_ids is given, but position_weight is None"),
+        ({"position_weight": WEIGHT, "position_ids": IDS.bool()}, TypeError, "position_ids must be int32 or int64"),
+        (
+            {"position_weight": WEIGHT, "position_ids": IDS[:, :2]},
+            ValueError,
+            r"position_ids must broadcast to the shape of ids, \(2, 3\), got shape \(2, 2\)",
+        ),
+        ({"position_weight": WEIGHT, "position_ids": IDS[None]}, ValueError, r"got shape \(1, 2, 3\)"),
+        (
+            {"position_weight": WEIGHT, "position_start": -1},
+            ValueError,
+            "position_start must not be negative, got -1",
+        ),
+        (
+            {"position_weight": WEIGHT, "position_ids": IDS, "position_start": 2},
+            ValueError,
+            "position_start must be 0 where position_ids is given, got 2",
+        ),
+        ({"type_weight": WEIGHT[0]}, ValueError, r"type_weight must be 2-D .* got shape \(4,\)"),
+        ({"type_ids": IDS}, ValueError, "type_ids is given, but type_weight is None"),
+        ({"type_weight": WEIGHT, "type_ids": IDS.to(ELSEWHERE)}, ValueError, "type_ids is on meta"),
+        ({"norm": "rms"}, ValueError, "norm must be None or 'layer', got 'rms'"),
+        ({"norm_weight": WEIGHT[0]}, ValueError, "norm_weight is given, but norm is None"),
+        ({"norm": "layer", "norm_bias": WEIGHT}, ValueError, r"norm_bias must be \(D,\) = \(4,\), got \(5, 4\)"),
+        ({"norm": "layer", "norm_weight": WEIGHT[0].half()}, TypeError, "norm_weight must be torch.float32"),
+        (
+            {"weight": WEIGHT.half(), "norm": "layer", "norm_weight": WEIGHT[0], "norm_bias": WEIGHT[0].half()},
+            TypeError,
+            "norm_weight is torch.float32, norm_bias is torch.float16: expected one dtype",
+        ),
+        ({"norm": "layer", "norm_eps": -1.0}, ValueError, "norm_eps must not be negative"),
+        ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
+        ({"padding_idx": 5}, ValueError, "padding_idx 5 is out of range for a table of 5 rows"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of triton, torch or auto, got 'cuda'"),
+        ({"backend": "triton", "weight": WEIGHT.double()}, TypeError, "'triton' takes float32, .* got torch.float64"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        ek.embed(**{"ids": IDS, "weight": WEIGHT, **change})
+    assert str(raised.value).startswith("embed: ")
+
+
+def test_the_op_itself_refuses_what_would_read_beyond_a_table() -> None:
+    op = torch.ops.embedkernels.embed_forward
+    rest = (None, None, False, None, None, 1e-5, 0.0, None, torch.float32, -1, -1)
+    with pytest.raises(ValueError, match="tables differ"):
+        op(IDS, WEIGHT, WEIGHT[:, :3], None, 0, *rest)
+    with pytest.raises(ValueError, match="expected 6 or 3 ids, got 2"):
+        op(IDS, WEIGHT, WEIGHT, IDS[0, :2], 0, *rest)

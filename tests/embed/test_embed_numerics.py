@@ -1,0 +1,240 @@
+"""Forward and every gradient of the fused op under the numerical contract."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embedkernels as ek
+from tests.embed.cases import DTYPES, NORMS, POSITIONS, TYPES, Case, assert_contract, make
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+# 1 and 3: fewer than one Philox group; 16 and 64: several rows in a tile; 33, 384, 768: a masked rest of the tile,
+# with one and several warps and rows.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 33, 64, 384, 768])
+def test_every_width_meets_the_contract(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    shape = (2, 5) if width < 384 else (2, 3)
+    assert_contract(make(shape, width, dtype=dtype, device=device, dropout_p=0.1))
+
+
+# A row of several tiles: with a norm beyond 8192 columns, without beyond 1024.
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("width", "norm"), [(8200, "plain"), (1500, "none"), pytest.param(16384, "both", marks=pytest.mark.gpu)]
+)
+def test_rows_wider_than_a_tile_meet_the_contract(
+    width: int, norm: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_contract(make((3,), width, dtype=dtype, device=device, norm=norm, dropout_p=0.25))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("width", [65, 96, 128, 200])
+def test_rows_of_several_small_tiles_meet_the_contract(
+    width: int, norm: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same path as above with every feature, at widths that the interpreter can afford."""
+    from embedkernels.kernels import embed as kernels
+
+    monkeypatch.setattr(kernels, "WIDEST", 64)
+    monkeypatch.setattr(kernels, "CHUNK", 32)
+    kernels.tile.cache_clear()
+    try:
+        assert kernels.tile(width, 4, True, True).chunks == -(-width // 32)
+        assert_contract(make((5, 4), width, device=device, norm=norm, dropout_p=0.25))
+    finally:
+        kernels.tile.cache_clear()
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_way_to_give_positions_and_types_meets_the_contract(
+    positions: str, types: str, device: torch.device
+) -> None:
+    assert_contract(
+        make((3, 4), 20, dtype=torch.bfloat16, device=device, positions=positions, types=types, dropout_p=0.1)
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_meets_the_contract(norm: str, dropout_p: float, device: torch.device) -> None:
+    assert_contract(make((3, 4), 33, device=device, norm=norm, dropout_p=dropout_p))
+
+
+# The extents of the backward kernel's stages: a last tile that is not full, one and several programs, more tiles than
+# programs.
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(61, 33), (200, 33), (45, 600)])
+def test_many_rows_meet_the_contract(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    assert_contract(make((rows,), width, dtype=dtype, device=device, dropout_p=0.1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [384, 768, 1024, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (32, 128), (7, 511)], ids=str)
+def test_training_sizes_meet_the_contract(
+    shape: tuple[int, int], width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_contract(make(shape, width, dtype=dtype, device=device, positions="arange", dropout_p=0.1))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.0, 0.1])
+def test_eps_of_the_norm_is_honoured(eps: float, device: torch.device) -> None:
+    assert_contract(make((2, 3), 24, device=device, norm_eps=eps))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 1), (2, 1, 3), (2, 2, 2, 2)], ids=str)
+def test_ids_of_any_shape_meet_the_contract(shape: tuple[int, ...], device: torch.device) -> None:
+    assert_contract(make(shape, 12, device=device, positions="arange", types="zeros"))
+
+
+def test_32_bit_ids_give_the_same_bits_as_64_bit_ones(device: torch.device) -> None:
+    case = make((3, 4), 16, device=device)
+    short = Case(case.ids.int(), case.parameters, dict(case.options))
+    for name in ("position_ids", "type_ids"):
+        short.options[name] = short.options[name].int()
+    upstream = torch.randn(3, 4, 16, device=device)
+    a, b = case.run(), short.run()
+    assert torch.equal(a, b)
+    grads, short_grads = case.gradients(a, upstream), short.gradients(b, upstream)
+    assert all(torch.equal(grads[name], short_grads[name]) for name in grads)
+
+
+def test_strided_ids_are_read_by_their_strides(device: torch.device) -> None:
+    case = make((4, 3), 16, device=device)
+    turned = Case(case.ids.t().contiguous().t(), case.parameters, dict(case.options))
+    every_other = torch.stack([case.options["position_ids"]] * 2, dim=-1)[..., 0]
+    turned.options["position_ids"] = every_other
+    assert not turned.ids.is_contiguous()
+    assert not every_other.is_contiguous()
+    assert torch.equal(case.run(), turned.run())
+
+
+def test_position_ids_may_broadcast_along_the_sequence(device: torch.device) -> None:
+    """(B, 1): another position in every sequence, the same at all its places."""
+    case = make((3, 4), 16, device=device, positions="one row")
+    case.options["position_ids"] = torch.tensor([[0], [5], [2]], device=device)
+    assert_contract(case)
+
+
+def test_tables_with_strides_meet_the_contract(device: torch.device) -> None:
+    case = make((3, 4), 16, device=device)
+    wide = torch.randn(11, 40, device=device)
+    case.parameters["weight"] = wide[:, 3:19].requires_grad_()
+    assert not case.parameters["weight"].is_contiguous()
+    assert_contract(case)
+
+
+def test_fp32_norm_over_16_bit_tables_meets_the_contract(device: torch.device) -> None:
+    case = make((3, 4), 24, dtype=torch.bfloat16, device=device)
+    for name in ("norm_weight", "norm_bias"):
+        case.parameters[name] = case.parameters[name].detach().float().requires_grad_()
+    assert_contract(case)
+
+
+def test_upstream_gradient_may_have_any_strides(device: torch.device) -> None:
+    case = make((3, 4), 16, device=device)
+    dense = torch.randn(16, device=device).expand(3, 4, 16)
+    y = case.run()
+    ours, expected = case.gradients(y, dense), case.gradients(case.run(), dense.contiguous())
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+@pytest.mark.parametrize("positions", POSITIONS[1:])
+def test_padding_rows_get_no_gradient(positions: str, device: torch.device) -> None:
+    case = make((3, 6), 8, device=device, positions=positions, padding_idx=2, position_padding_idx=4)
+    case.ids[0, :2] = 2
+    if "position_ids" in case.options:
+        case.options["position_ids"] = case.options["position_ids"].clone()
+        case.options["position_ids"][0, :2] = 4
+    assert_contract(case)
+    grads = case.gradients(case.run(), torch.randn(3, 6, 8, device=device))
+    assert grads["weight"][2].eq(0).all()
+    assert grads["position_weight"][4].eq(0).all()
+    assert grads["weight"].ne(0).any()
+
+
+def test_negative_padding_idx_counts_from_the_end(device: torch.device) -> None:
+    case = make((3, 6), 8, device=device, padding_idx=-1)
+    case.ids[0] = 10
+    grads = case.gradients(case.run(), torch.randn(3, 6, 8, device=device))
+    assert grads["weight"][10].eq(0).all()
+
+
+def test_a_batch_of_padding_only_has_a_zero_token_gradient(device: torch.device) -> None:
+    case = make((3, 6), 8, device=device, padding_idx=2)
+    case.ids.fill_(2)
+    assert_contract(case)
+    grads = case.gradients(case.run(), torch.randn(3, 6, 8, device=device))
+    assert grads["weight"].eq(0).all()
+    assert grads["type_weight"].ne(0).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(
+    backend: str, shape: tuple[int, ...], device: torch.device
+) -> None:
+    case = make(shape, 8, device=device, positions="arange", types="zeros", dropout_p=0.1)
+    y = case.run(backend=backend)
+    assert y.shape == (*shape, 8)
+    grads = case.gradients(y, torch.randn(*shape, 8, device=device))
+    assert all(grad.eq(0).all() and grad.shape == case.parameters[name].shape for name, grad in grads.items())
+
+
+def test_tables_may_be_the_same_tensor(device: torch.device) -> None:
+    """GPT-2 looks token types up in the token table."""
+    case = make((2, 4), 8, device=device, types="ids")
+    case.parameters["type_weight"] = case.parameters["weight"]
+    y, expected = case.run(), case.reference()
+    upstream = torch.randn_like(y)
+    torch.testing.assert_close(y, expected)
+    weight = case.parameters["weight"]
+    torch.testing.assert_close(
+        torch.autograd.grad(y, weight, upstream)[0], torch.autograd.grad(expected, weight, upstream)[0]
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    positions=st.sampled_from(POSITIONS),
+    types=st.sampled_from(TYPES),
+    norm=st.sampled_from(NORMS),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.9]),
+    id_dtype=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_small_call_meets_the_contract(shape, width, dtype, positions, types, norm, dropout_p, id_dtype, seed):
+    torch.manual_seed(seed)
+    case = make(
+        shape, width, dtype=dtype, positions=positions, types=types, norm=norm, dropout_p=dropout_p,
+        id_dtype=id_dtype, device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    assert_contract(case)
+
+
+def test_gradient_agrees_with_finite_differences() -> None:
+    """The reference itself, in float64: what every other test measures against."""
+    case = make((2, 3), 5, dtype=torch.float64, dropout_p=0.3)
+    names, values = zip(*case.parameters.items(), strict=True)
+
+    def call(*parameters: torch.Tensor) -> torch.Tensor:
+        return Case(case.ids, dict(zip(names, parameters, strict=True)), case.options).reference(torch.tensor([7]))
+
+    case.options["padding_idx"] = None
+    assert torch.autograd.gradcheck(call, values)
+
+
+def test_float64_tables_run_on_the_torch_backend(device: torch.device) -> None:
+    case = make((2, 3), 5, dtype=torch.float64, device=device)
+    with ek.use_backend("triton"):
+        y = case.run(backend=None)
+    assert torch.equal(y, case.reference())

@@ -1,0 +1,219 @@
+"""The op within PyTorch: opcheck, compile, autocast, frozen parts, determinism."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import embedkernels as ek
+from embedkernels.kernels import embed as kernels
+from embedkernels.ops.embed import _output_dtype
+from tests.embed.cases import NORMS, PARAMETERS, Case, make
+
+
+def op_arguments(case: Case, dropout_p: float) -> tuple[Any, ...]:
+    p, o = case.parameters, case.options
+    flat = [o[name].flatten() if name in o else None for name in ("position_ids", "type_ids")]
+    seed = torch.tensor([12345], device=case.ids.device) if dropout_p > 0 else None
+    return (
+        case.ids, p["weight"], p.get("position_weight"), flat[0], 0, p.get("type_weight"), flat[1], "norm" in o,
+        p.get("norm_weight"), p.get("norm_bias"), 1e-5, dropout_p, seed, p["weight"].dtype, 0, -1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("positions", "types", "norm", "dropout_p"),
+    [("ids", "ids", "both", 0.2), ("arange", "zeros", "weight", 0.0), ("none", "none", "none", 0.5)],
+)
+def test_forward_op_passes_opcheck(
+    positions: str, types: str, norm: str, dropout_p: float, device: torch.device
+) -> None:
+    case = make((2, 3), 8, device=device, positions=positions, types=types, norm=norm)
+    torch.library.opcheck(torch.ops.embedkernels.embed_forward, op_arguments(case, dropout_p))
+
+
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
+def test_backward_op_passes_opcheck(need: tuple[bool, bool], device: torch.device) -> None:
+    case = make((2, 3), 8, device=device)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in op_arguments(case, 0.2)]
+    out, mean, rstd = torch.ops.embedkernels.embed_forward(*arguments)
+    torch.library.opcheck(
+        torch.ops.embedkernels.embed_backward,
+        (torch.randn_like(out), *arguments[:10], mean, rstd, 0.2, arguments[12], *need),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "torch", None])
+def test_compiled_without_graph_breaks_it_gives_the_same_bits(
+    backend: str | None, dynamic: bool, device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    options = {"positions": "arange", "dropout_p": 0.2}
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def compiled(ids: torch.Tensor, type_ids: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return ek.embed(
+            ids, type_ids=type_ids, backend=backend, norm="layer", dropout_p=0.2, padding_idx=0, **parameters
+        )
+
+    for shape in ((2, 3), (4, 5)):
+        case = make(shape, 8, device=device, norm_eps=1e-12, **options)
+        upstream = torch.randn(*shape, 8, device=device)
+        torch.manual_seed(1)
+        expected = case.run(backend=backend)
+        torch.manual_seed(1)
+        y = compiled(case.ids, case.options["type_ids"], case.parameters)
+        assert torch.equal(y, expected)
+        ours, theirs = case.gradients(y, upstream), case.gradients(expected, upstream)
+        assert all(torch.equal(ours[name], theirs[name]) for name in PARAMETERS)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_runs_give_the_same_bits(norm: str, device: torch.device) -> None:
+    case = make((12, 9), 40, dtype=torch.bfloat16, device=device, norm=norm, dropout_p=0.1)
+    upstream = torch.randn(12, 9, 40, device=device)
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        y = case.run()
+        return [y, *case.gradients(y, upstream).values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("weight",),
+        ("weight", "position_weight", "type_weight"),
+        ("norm_weight", "norm_bias"),
+        ("norm_bias",),
+        PARAMETERS,
+    ],
+    ids="+".join,
+)
+def test_frozen_parameters_get_no_gradient_and_cost_nothing(
+    frozen: tuple[str, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    original = kernels.embed_backward
+
+    def spy(*arguments: Any) -> Any:
+        asked.append(arguments[-2:])
+        return original(*arguments)
+
+    monkeypatch.setattr(kernels, "embed_backward", spy)
+    case = make((3, 4), 8, device=device, dropout_p=0.2)
+    upstream = torch.randn(3, 4, 8, device=device)
+    torch.manual_seed(1)
+    expected = case.gradients(case.run(), upstream)
+    asked.clear()
+    for name in frozen:
+        case.parameters[name].requires_grad_(False)
+    torch.manual_seed(1)
+    y = case.run()
+    if frozen == PARAMETERS:
+        assert not y.requires_grad
+        return
+    y.backward(upstream)
+    for name, parameter in case.parameters.items():
+        if name in frozen:
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, expected[name])
+    rows = not {"weight", "position_weight", "type_weight"} <= set(frozen)
+    assert asked == [(rows, not {"norm_weight", "norm_bias"} <= set(frozen))]
+
+
+def test_without_norm_and_dropout_no_backward_kernel_runs(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "embed_backward", None)
+    case = make((3, 4), 8, device=device, norm="none")
+    upstream = torch.randn(3, 4, 8, device=device)
+    ours, theirs = case.gradients(case.run(), upstream), case.gradients(case.reference(), upstream)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_only_ids_statistics_and_parameters_are_kept_for_backward(device: torch.device) -> None:
+    case = make((6, 7), 32, device=device, dropout_p=0.1)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.run()
+    ours = {parameter.data_ptr() for parameter in case.parameters.values()}
+    assert max(t.numel() for t in kept if t.data_ptr() not in ours) == 6 * 7
+
+
+def test_tables_that_changed_before_backward_are_refused(device: torch.device) -> None:
+    case = make((3, 4), 8, device=device)
+    y = case.run()
+    with torch.no_grad():
+        case.parameters["weight"].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.randn_like(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["none", "both"])
+def test_under_autocast_the_torch_backend_equals_stock_modules(
+    norm: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = make((3, 4), 8, dtype=dtype, device=device, norm=norm, positions="none", types="none")
+    word, layer = torch.nn.Embedding(11, 8, 0).to(device, dtype), torch.nn.LayerNorm(8, 1e-5).to(device, dtype)
+    word.weight.data.copy_(case.parameters["weight"])
+    if norm == "both":
+        layer.load_state_dict({"weight": case.parameters["norm_weight"], "bias": case.parameters["norm_bias"]})
+    with torch.autocast(device.type, torch.bfloat16):
+        expected = layer(word(case.ids)) if norm == "both" else word(case.ids)
+        y = case.run(backend="torch")
+        fused = case.run()
+    assert y.dtype == expected.dtype == fused.dtype
+    assert torch.equal(y, expected)
+
+
+def test_under_cuda_autocast_a_norm_s_output_is_fp32() -> None:
+    """LayerNorm autocasts to fp32 on CUDA, an embedding alone does not."""
+
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert _output_dtype(OnCuda, "layer") == torch.float32  # type: ignore[arg-type]
+        assert _output_dtype(OnCuda, None) == torch.bfloat16  # type: ignore[arg-type]
+        assert _output_dtype(torch.zeros(1, 1).bfloat16(), "layer") == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    assert _output_dtype(OnCuda, "layer") == torch.bfloat16  # type: ignore[arg-type]
+
+
+def test_output_may_be_fp32_over_16_bit_tables(device: torch.device) -> None:
+    case = make((3, 4), 8, dtype=torch.bfloat16, device=device)
+    arguments = list(op_arguments(case, 0.0))
+    arguments[13] = torch.float32
+    y = torch.ops.embedkernels.embed_forward(*arguments)[0]
+    assert y.dtype == torch.float32
+    wide = case.to(torch.float32)
+    torch.testing.assert_close(y, wide.reference())
+    upstream = torch.randn_like(y)
+    ours, exact = case.gradients(y, upstream), wide.gradients(wide.reference(), upstream)
+    for name in ours:
+        assert ours[name].dtype == torch.bfloat16
+        torch.testing.assert_close(ours[name].float(), exact[name], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_can_be_captured_in_a_graph(device: torch.device) -> None:
+    case = make((4, 8), 64, device=device, dropout_p=0.1)
+    for _ in range(3):
+        case.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = case.run()
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(first, y)  # another mask in every replay
+    assert torch.isfinite(y).all()
