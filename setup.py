@@ -1,7 +1,7 @@
 """Builds the C++/CUDA library next to the package; everything else is in pyproject.toml.
 
-The library is no Python module: PyTorch loads it. So one wheel per platform serves every Python (``py3-none-<platform>``),
-and every torch from 2.11 on. Environment variables:
+The library is no Python module: PyTorch loads it. So one wheel per platform (``py3-none-<platform>``) serves every
+Python, and every torch from 2.11 on. Environment variables:
 
     EMBEDKERNELS_CUDA=0                 leave the CUDA code out
     EMBEDKERNELS_CUDA_ARCHS=90          only these compute capabilities (comma separated)
@@ -31,7 +31,7 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:  # noqa: ARG002
         record = builder.build(ROOT / "build" / "extension", self._built())
         print(f"embedkernels' library: {record.reason}")
 

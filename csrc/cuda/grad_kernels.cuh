@@ -15,6 +15,8 @@
 
 namespace embedkernels::cuda {
 
+constexpr int kBlocksPerSm = 4;  // at most 64 registers: 8 rows in flight per thread, and 32 warps to hide latency
+
 // The segment that starts in a tile and goes on behind it.
 struct Tail {
   int row;        // of the table; -1: there is none
@@ -154,7 +156,7 @@ union GradShared {
 
 // Grid: reduce_blocks + zero_blocks.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     grad_reduce_kernel(const T* grad_rows, PlanView plan, T* out, Accumulator<T>* partials, Tail* tails,
                        GradShape shape) {
   EK_SHARED(GradShared, shared);
@@ -196,7 +198,7 @@ constexpr int kLongSpan = 32;  // partial sums that one warp adds alone
 // Grid: finish_blocks, eight neighbouring tiles and 32 vectors of D each. A warp takes the segment that starts in its
 // tile; one over many tiles is shared by the eight warps, an equal stretch each, and their sums are added in order.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     grad_finish_kernel(const Accumulator<T>* partials, const Tail* tails, T* out, GradShape shape) {
   using Acc = Accumulator<T>;
   using Shared = FinishShared<Acc, V>;

@@ -1,0 +1,205 @@
+// The library's CUDA kernels under the shim, for Python (tests/extension/shim/__init__.py calls these through ctypes).
+//
+// The launches are those of csrc/cuda/*_steps.h; only the stream is another, and CUB's sort is std::stable_sort.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "../../../csrc/cuda/grad_steps.h"
+#include "../../../csrc/cuda/plan_steps.h"
+
+using namespace embedkernels;
+using namespace embedkernels::cuda;
+
+namespace {
+
+std::string error;
+const char* done() { return error.empty() ? nullptr : error.c_str(); }
+
+class Launcher {
+ public:
+  Launcher(int order, uint64_t seed) : order_(shim::Order(order)), seed_(seed) {}
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) {
+    if (!error.empty()) return;
+    if (blocks < 1 || blocks > 0x7fffffff) {
+      error = "a grid of " + std::to_string(blocks) + " blocks";
+      return;
+    }
+    error = shim::run_grid(blocks, kThreads, order_, seed_++, selected, [&] { kernel(arguments...); });
+  }
+
+  // What CUB promises: by the lowest `bits` bits alone, stable, the result in either pair of buffers.
+  int sort_pairs(uint32_t* const keys[2], int* const order[2], int64_t n, int bits) {
+    if (!error.empty()) return 0;
+    sorted_bits = bits;
+    const uint64_t mask = (uint64_t{1} << bits) - 1;
+    std::vector<int64_t> places(n);
+    std::iota(places.begin(), places.end(), 0);
+    std::stable_sort(places.begin(), places.end(),
+                     [&](int64_t a, int64_t b) { return (keys[0][a] & mask) < (keys[0][b] & mask); });
+    for (int64_t i = 0; i < n; ++i) {
+      keys[1][i] = keys[0][places[i]];
+      order[1][i] = order[0][places[i]];
+    }
+    std::memset(keys[0], 0xff, n * sizeof(uint32_t));  // CUB leaves anything in the other pair
+    std::memset(order[0], 0xff, n * sizeof(int));
+    return 1;
+  }
+
+  std::function<bool(int64_t)> selected;
+  int sorted_bits = 0;
+
+ private:
+  shim::Order order_;
+  uint64_t seed_;
+};
+
+// A guarded copy of what the caller passed.
+template <class T>
+class Input : public shim::Guarded {
+ public:
+  Input(const void* source, int64_t elements, bool at_start) : Guarded(elements * sizeof(T), at_start) {
+    if (elements) std::memcpy(as<T>(), source, elements * sizeof(T));
+  }
+};
+
+// A guarded buffer of NaN, copied to the caller by `deliver`.
+template <class T>
+class Output : public shim::Guarded {
+ public:
+  Output(int64_t elements, bool at_start) : Guarded(elements * sizeof(T), at_start), elements_(elements) {}
+  T* get() const { return as<T>(); }
+  void deliver(void* target) const {
+    if (elements_) std::memcpy(target, as<T>(), elements_ * sizeof(T));
+  }
+
+ private:
+  int64_t elements_;
+};
+
+template <class T, int V>
+void grad(const void* grad_rows, int64_t n, int64_t num_rows, int64_t width, const int* order, const int* segment_ids,
+          const int* segment_offsets, const int* count, int schedule, uint64_t seed, bool at_start, void* out) {
+  const GradShape shape = grad_shape_of<T, V>(n, num_rows, width);
+  const Input<T> rows(grad_rows, n * width, at_start);
+  const Input<int> orders(order, n, at_start), ids(segment_ids, n, at_start), offsets(segment_offsets, n + 1, at_start),
+      counts(count, 1, at_start);
+  const Output<T> table(num_rows * width, at_start);
+  const Output<Accumulator<T>> partials(2 * shape.tiles * width, at_start);
+  const Output<Tail> tails(shape.tiles, at_start);
+  shim::watch(table.get(), num_rows * width, sizeof(T));
+  Launcher launcher(schedule, seed);
+  const PlanView plan{orders.template as<int>(), ids.template as<int>(), offsets.template as<int>(),
+                      counts.template as<int>()};
+  run_grad<Launcher, T, V>(launcher, rows.template as<T>(), plan, table.get(), partials.get(), tails.get(), shape);
+  if (error.empty()) error = shim::watched_once();
+  shim::watch(nullptr, 0, 1);
+  table.deliver(out);
+}
+
+template <class T>
+void grad(bool vectors, auto... arguments) {
+  if (vectors) {
+    grad<T, kVector<T>>(arguments...);
+  } else {
+    grad<T, 1>(arguments...);
+  }
+}
+
+template <class Id>
+void plan(const void* source, int64_t n, int64_t num_rows, int64_t padding_idx, int64_t vocab_start, int schedule,
+          uint64_t seed, bool at_start, int* order, int* segment_ids, int* segment_offsets, int* count, int* bits) {
+  const Input<Id> ids(source, n, at_start);
+  const Output<uint32_t> keys_a(n, at_start), keys_b(n, at_start);
+  const Output<int> order_a(n, at_start), order_b(n, at_start), counts(kMaxSegmentBlocks, at_start),
+      id_list(n, at_start), offsets(n + 1, at_start), total(1, at_start);
+  const PlanBuffers buffers{{keys_a.get(), keys_b.get()}, {order_a.get(), order_b.get()},
+                            counts.get(),                 id_list.get(),
+                            offsets.get(),                total.get()};
+  Launcher launcher(schedule, seed);
+  const int which = run_plan(launcher, ids.template as<Id>(), n, num_rows, padding_idx, vocab_start, buffers);
+  (which ? order_b : order_a).deliver(order);
+  id_list.deliver(segment_ids);
+  offsets.deliver(segment_offsets);
+  total.deliver(count);
+  *bits = launcher.sorted_bits;
+}
+
+}  // namespace
+
+extern "C" const char* shim_plan(const void* ids, int id_bytes, int64_t n, int64_t num_rows, int64_t padding_idx,
+                                 int64_t vocab_start, int schedule, uint64_t seed, int at_start, int* order,
+                                 int* segment_ids, int* segment_offsets, int* count, int* bits) {
+  error.clear();
+  (id_bytes == 4 ? plan<int32_t> : plan<int64_t>)(ids, n, num_rows, padding_idx, vocab_start, schedule, seed, at_start,
+                                                  order, segment_ids, segment_offsets, count, bits);
+  return done();
+}
+
+// dtype: 0 float, 1 double, 2 f16, 3 bf16.
+extern "C" const char* shim_grad(int dtype, int vectors, const void* grad_rows, int64_t n, int64_t num_rows,
+                                 int64_t width, const int* order, const int* segment_ids, const int* segment_offsets,
+                                 const int* count, int schedule, uint64_t seed, int at_start, void* out) {
+  error.clear();
+  const auto run = [&]<class T>(T*) {
+    grad<T>(vectors, grad_rows, n, num_rows, width, order, segment_ids, segment_offsets, count, schedule, seed,
+            bool(at_start), out);
+  };
+  switch (dtype) {
+    case 0: run(static_cast<float*>(nullptr)); break;
+    case 1: run(static_cast<double*>(nullptr)); break;
+    case 2: run(static_cast<f16*>(nullptr)); break;
+    default: run(static_cast<bf16*>(nullptr)); break;
+  }
+  return done();
+}
+
+// A table of more than 2^31 elements, of which only the blocks that matter run: the pages of the others stay unmapped.
+// One id, the last row, `n` times; writes that row's first element and the one of the row before it to `ends`.
+extern "C" const char* shim_far_row(int64_t n, int64_t num_rows, int64_t width, float* ends) {
+  error.clear();
+  const GradShape shape = grad_shape_of<float, 4>(n, num_rows, width);
+  std::vector<float> ones(n * width, 1.0f);
+  std::vector<int> order(n), ids(n, int(num_rows - 1)), offsets(n + 1, int(n));
+  std::iota(order.begin(), order.end(), 0);
+  offsets[0] = 0;
+  const int count = 1;
+  const Input<float> rows(ones.data(), n * width, false);
+  const shim::Guarded table(num_rows * width * sizeof(float), false);
+  const Output<float> partials(2 * shape.tiles * width, false);
+  const Output<Tail> tails(shape.tiles, false);
+  Launcher launcher(0, 0);
+  const int64_t last = shape.reduce_blocks + shape.zero_blocks - 1;
+  launcher.selected = [&](int64_t block) { return block < shape.reduce_blocks || block == last; };
+  const PlanView plan{order.data(), ids.data(), offsets.data(), &count};
+  run_grad<Launcher, float, 4>(launcher, rows.as<float>(), plan, table.as<float>(), partials.get(), tails.get(), shape);
+  ends[0] = table.as<float>()[(num_rows - 1) * width];
+  ends[1] = table.as<float>()[(num_rows - 2) * width];
+  return done();
+}
+
+// The host's conversions, for comparison with PyTorch's.
+extern "C" void shim_convert(int dtype, const float* values, int64_t n, uint16_t* narrowed, float* widened) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (dtype == 2) {
+      narrowed[i] = narrow<f16>(values[i]).bits;
+      widened[i] = widen(f16{narrowed[i]});
+    } else {
+      narrowed[i] = narrow<bf16>(values[i]).bits;
+      widened[i] = widen(bf16{narrowed[i]});
+    }
+  }
+}
+
+extern "C" int shim_key_bits(int64_t num_rows) { return key_bits(num_rows); }
+
+// tiles, tile, reduce_blocks, zero_blocks, finish_blocks, lanes, groups, zero_rows of a launch.
+extern "C" void shim_shape(int64_t n, int64_t num_rows, int64_t width, int element_size, int vector, int partial_vector,
+                           int64_t* out) {
+  const GradShape shape = grad_shape(n, num_rows, width, element_size, vector, partial_vector);
+  const int64_t values[] = {shape.tiles,         shape.tile,  shape.reduce_blocks, shape.zero_blocks,
+                            shape.finish_blocks, shape.lanes, shape.groups,        shape.zero_rows};
+  std::copy(std::begin(values), std::end(values), out);
+}
