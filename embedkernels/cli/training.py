@@ -115,6 +115,10 @@ def run(settings: Settings, data: Data, output: Path, *, patched: bool, emit: Em
         callbacks=[_Progress(meter, emit)],
     )
     trainer.meter = meter
+    if settings.task == "classification":
+        # Their loss is the mean over a batch, whatever it is told of the other batches of a step: taken at its word,
+        # the Trainer would add the batches of a step up instead of averaging them.
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
 
     def evaluate(name: str) -> dict[str, float]:
