@@ -1,0 +1,153 @@
+"""FusedInputEmbeddings: a module as any other, whose state_dict is Hugging Face's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.bert.modeling_bert import BertConfig, BertEmbeddings
+from transformers.models.roberta.modeling_roberta import RobertaConfig, RobertaEmbeddings
+
+import embedkernels as ek
+from embedkernels.reference.embed import positions_from_padding
+
+
+def stem(**changes: object) -> ek.FusedInputEmbeddings:
+    options = {"max_positions": 16, "num_types": 2, "padding_idx": 1, **changes}
+    return ek.FusedInputEmbeddings(30, 12, **options)
+
+
+@pytest.fixture
+def ids(device: torch.device) -> torch.Tensor:
+    drawn = torch.randint(2, 30, (3, 7), device=device)
+    drawn[1, 4:] = 1
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_stock_state_dict_loads_and_gives_stock_s_bits(
+    family: str, training: bool, dtype: torch.dtype, ids: torch.Tensor, device: torch.device
+) -> None:
+    sizes = {"vocab_size": 30, "hidden_size": 12, "num_attention_heads": 2, "max_position_embeddings": 16}
+    if family == "bert":
+        stock: nn.Module = BertEmbeddings(BertConfig(**sizes, pad_token_id=1))
+    else:
+        stock = RobertaEmbeddings(RobertaConfig(**sizes, pad_token_id=1, type_vocab_size=2))
+    ours = stem(positions="padding" if family == "roberta" else "arange")
+    assert set(ours.state_dict()) == set(stock.state_dict())
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    stock.to(device, dtype).train(training)
+    ours.to(device, dtype).train(training)
+    type_ids = torch.randint(0, 2, ids.shape, device=device)
+    with ek.use_backend("torch"):
+        torch.manual_seed(5)
+        y = ours(ids, type_ids=type_ids)
+    torch.manual_seed(5)
+    assert torch.equal(y, stock(ids, token_type_ids=type_ids))
+
+
+@pytest.mark.parametrize("positions", ["arange", "padding"])
+@pytest.mark.parametrize(
+    ("max_positions", "num_types", "norm"), [(16, 2, "layer"), (16, None, None), (16, None, "layer")]
+)
+def test_forward_is_embed_with_the_children_s_parameters(
+    max_positions: int,
+    num_types: int | None,
+    norm: str | None,
+    positions: str,
+    ids: torch.Tensor,
+    device: torch.device,
+) -> None:
+    module = stem(max_positions=max_positions, num_types=num_types, norm=norm, positions=positions).to(device)
+    layer, types = module.LayerNorm, module.token_type_embeddings
+    torch.manual_seed(2)
+    y = module(ids)
+    torch.manual_seed(2)
+    expected = ek.embed(
+        ids,
+        module.word_embeddings.weight,
+        position_weight=module.position_embeddings.weight,
+        position_ids=positions_from_padding(ids, 1) if positions == "padding" else None,
+        type_weight=None if types is None else types.weight,
+        norm=norm,
+        norm_weight=None if layer is None else layer.weight,
+        norm_bias=None if layer is None else layer.bias,
+        dropout_p=0.1,
+        padding_idx=1,
+    )
+    assert torch.equal(y, expected)
+
+
+def test_tokens_alone_without_norm_are_an_embedding(ids: torch.Tensor, device: torch.device) -> None:
+    module = ek.FusedInputEmbeddings(30, 12, norm=None, dropout=0.0).to(device)
+    assert list(module.state_dict()) == ["word_embeddings.weight"]
+    assert torch.equal(module(ids), nn.functional.embedding(ids, module.word_embeddings.weight))
+
+
+@pytest.mark.parametrize("positions", ["arange", "padding"])
+def test_decoding_token_by_token_gives_the_whole_sequence(positions: str, device: torch.device) -> None:
+    module = stem(positions=positions).to(device).eval()
+    ids = torch.randint(2, 30, (2, 6), device=device)
+    steps = [module(ids[:, s : s + 1], position_start=s) for s in range(6)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), module(ids), rtol=0, atol=0)
+
+
+def test_given_position_ids_are_used(ids: torch.Tensor, device: torch.device) -> None:
+    module = stem(positions="padding").to(device).eval()
+    places = torch.arange(7, device=device)[None]
+    assert not torch.equal(module(ids, position_ids=places), module(ids))
+    assert torch.equal(module(ids, position_ids=places), module(ids, position_ids=places.expand(3, 7)))
+
+
+def test_dropout_follows_the_mode(ids: torch.Tensor, device: torch.device) -> None:
+    module = stem(dropout=0.5).to(device)
+    assert not torch.equal(module(ids), module(ids))
+    module.eval()
+    assert torch.equal(module(ids), module(ids))
+
+
+def test_padding_rows_get_no_gradient(ids: torch.Tensor, device: torch.device) -> None:
+    module = stem(positions="padding").to(device)
+    module(ids).backward(torch.randn(3, 7, 12, device=device))
+    assert module.word_embeddings.weight.grad[1].eq(0).all()
+    assert module.position_embeddings.weight.grad[1].eq(0).all()
+    assert all(parameter.grad.ne(0).any() for parameter in module.parameters())
+
+
+def test_it_can_be_copied_pickled_and_moved(ids: torch.Tensor, device: torch.device) -> None:
+    module = stem().to(device).eval()
+    expected = module(ids)
+    assert torch.equal(copy.deepcopy(module)(ids), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(ids), expected)
+    assert module.to(torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert stem(device="meta", dtype=torch.float16).word_embeddings.weight.dtype == torch.float16
+
+
+def test_compiled_without_graph_breaks_it_gives_the_same_bits(ids: torch.Tensor, device: torch.device) -> None:
+    torch._dynamo.reset()
+    module = stem(positions="padding").to(device).eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), module(ids))
+
+
+def test_errors_name_the_argument(ids: torch.Tensor, device: torch.device) -> None:
+    with pytest.raises(ValueError, match="norm must be None or 'layer', got 'rms'"):
+        stem(norm="rms")
+    with pytest.raises(ValueError, match="positions must be 'arange' or 'padding', got 'sinus'"):
+        stem(positions="sinus")
+    with pytest.raises(ValueError, match="'padding' needs padding_idx and max_positions"):
+        stem(positions="padding", padding_idx=None)
+    with pytest.raises(ValueError, match="'padding' needs padding_idx and max_positions"):
+        stem(positions="padding", max_positions=None)
+    with pytest.raises(IndexError, match="7 positions from position_start 10 reach position 16"):
+        stem().to(device)(ids, position_start=10)
+
+
+def test_repr_says_what_it_is() -> None:
+    text = repr(stem(positions="padding"))
+    assert "positions='padding'" in text
+    assert "(LayerNorm)" in text
