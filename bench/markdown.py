@@ -136,10 +136,10 @@ def _build(data: dict[str, Any]) -> list[str]:
 def _resources(data: dict[str, Any]) -> list[str]:
     results = data["results"]
     broken = [f"{r['spec']} ({r['target']}): {_line(r['error'])}" for r in results if r["error"]]
-    spilling = [f"{r['spec']} ({r['target']}): {r['spill_stores']} B" for r in results if r["spill_stores"]]
+    spilling = [f"{r['spec']} ({r['target']}): {r['local']} B" for r in results if r["local"]]
     return [
         f"{len(results)} compilations with Triton {data['triton']} in {data['seconds']:.0f} s; "
-        f"{len(broken)} failed, {len(spilling)} spill.",
+        f"{len(broken)} failed, {len(spilling)} use local memory.",
         *(f"- {text}" for text in (*broken, *spilling)),
     ]
 

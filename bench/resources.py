@@ -4,7 +4,7 @@
 
 Every ``CompileSpec`` of every module in ``embedkernels/kernels/`` is compiled by Triton for the asked targets.
 Registers and spills come from ptxas (NVIDIA) or from the code object's metadata (AMD), shared memory from Triton, the
-instruction mix from the disassembly by the cuobjdump of the Triton wheel. Nothing is launched.
+instruction mix from the disassembly by the nvdisasm of the Triton wheel. Nothing is launched.
 
 Must run in a process in which Triton has not been imported with ``TRITON_INTERPRET=1``: use :func:`measure` from
 such a process, or this module's command line from any.
@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -79,11 +80,12 @@ class Resources:
         spec, module, kernel, target: what was compiled.
         error: why it did not compile, else None.
         registers: per thread (on AMD: vector registers, accumulation registers included).
-        spill_stores, spill_loads: bytes per thread (on AMD: ``spill_stores`` is the bytes of scratch memory).
+        spill_stores, spill_loads: bytes per thread (NVIDIA only).
+        local: bytes of local or scratch memory per thread, spills and arrays indexed at run time alike.
         shared: bytes per block.
         threads: per block.
         occupancy: share of a multiprocessor's threads that registers and shared memory allow (NVIDIA only).
-        instructions: static counts, keys of ``INSTRUCTIONS`` and ``total`` (NVIDIA only).
+        instructions: static counts, keys of ``INSTRUCTIONS`` and ``total`` (NVIDIA only, and only if asked for).
         seconds: of compilation.
     """
 
@@ -95,6 +97,7 @@ class Resources:
     registers: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
+    local: int = 0
     shared: int = 0
     threads: int = 0
     occupancy: float | None = None
@@ -179,14 +182,15 @@ def compile_spec(spec: Any, target: str) -> tuple[Any, str]:
     return compiled, printed.getvalue()
 
 
-def ptxas_usage(log: str) -> tuple[int, int, int]:
-    """(registers, bytes of spill stores, bytes of spill loads) out of ``ptxas -v``'s log."""
+def ptxas_usage(log: str) -> tuple[int, int, int, int]:
+    """(registers, bytes of spill stores, of spill loads, of stack frame) out of ``ptxas -v``'s log."""
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     if not registers:
         raise ValueError(f"no register count in the log of ptxas: {log[:500]!r}")
     stores = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
     loads = sum(int(n) for n in re.findall(r"(\d+) bytes spill loads", log))
-    return max(registers), stores, loads
+    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", log))
+    return max(registers), stores, loads, stack
 
 
 def amdgcn_usage(assembly: str) -> tuple[int, int]:
@@ -206,7 +210,7 @@ def instruction_mix(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         sass = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-sass", file.name], check=True, capture_output=True, text=True
+            [knobs.nvidia.nvdisasm.path, "-ndf", "-c", file.name], check=True, capture_output=True, text=True
         ).stdout
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
     counts = {
@@ -230,7 +234,7 @@ def occupancy(registers: int, threads: int, shared: int, target: str) -> float:
     return blocks * threads / max_threads
 
 
-def measure_one(module: str, name: str, target: str) -> Resources:
+def measure_one(module: str, name: str, target: str, mix: bool = True) -> Resources:
     """Compile one spec and read what it takes. Never raises: a failure is in ``error``."""
     started = time.perf_counter()
     result = Resources(name, module, "", target)
@@ -241,59 +245,111 @@ def measure_one(module: str, name: str, target: str) -> Resources:
         result.shared = int(compiled.metadata.shared)
         if target.startswith("sm_"):
             result.threads = 32 * int(compiled.metadata.num_warps)
-            result.registers, result.spill_stores, result.spill_loads = ptxas_usage(log)
-            result.instructions = instruction_mix(compiled.asm["cubin"])
+            result.registers, result.spill_stores, result.spill_loads, result.local = ptxas_usage(log)
+            if mix:
+                result.instructions = instruction_mix(compiled.asm["cubin"])
             result.occupancy = occupancy(result.registers, result.threads, result.shared, target)
         else:
             result.threads = 64 * int(compiled.metadata.num_warps)
-            result.registers, result.spill_stores = amdgcn_usage(compiled.asm["amdgcn"])
+            result.registers, result.local = amdgcn_usage(compiled.asm["amdgcn"])
     except Exception as error:
         result.error = f"{type(error).__name__}: {str(error)[:2000]}"
     result.seconds = round(time.perf_counter() - started, 3)
     return result
 
 
-def _enter_worker() -> None:
-    # A cache of its own: nothing that a run leaves behind can be mistaken for another run's result.
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="resources-")
+def _without_twins(specs: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what differs from another spec only by fp16 in place of bf16: the code is the same but for that."""
+    seen = set()
+    kept = {}
+    for name, spec in sorted(specs.items(), key=lambda item: "fp16" in " ".join(item[1].signature.values())):
+        key = (
+            spec.kernel.__name__,
+            tuple((k, v.replace("fp16", "bf16")) for k, v in spec.signature.items()),
+            tuple((k, str(v).replace("fp16", "bf16")) for k, v in spec.constexprs.items()),
+            (spec.num_warps, spec.num_stages, spec.divisible_by_16, spec.targets),
+        )
+        if key not in seen:
+            seen.add(key)
+            kept[name] = spec
+    return kept
 
 
-def measure(modules: Iterable[str], targets: Iterable[str], jobs: int = 2) -> list[Resources]:
-    """Compile every spec of ``modules`` for every target, in ``jobs`` processes.
+def _extremes(specs: dict[str, Any]) -> dict[str, Any]:
+    """Of the specs that are the same on every target, the smallest and the largest of each kernel and signature."""
+    groups: dict[Any, list[str]] = {}
+    kept = {}
+    for name, spec in specs.items():
+        if spec.targets is not None:
+            kept[name] = spec
+        else:
+            groups.setdefault((spec.kernel.__name__, tuple(spec.signature.items())), []).append(name)
+
+    def size(name: str) -> int:
+        values = specs[name].constexprs.values()
+        return math.prod(value for value in values if isinstance(value, int) and value > 1)
+
+    for names in groups.values():
+        kept.update({name: specs[name] for name in (min(names, key=size), max(names, key=size))})
+    return kept
+
+
+def select(module: str, target: str, thin: bool) -> list[str]:
+    """Names of the specs of a module to compile for a target: all that are launched there.
+
+    Args:
+        thin: leave out fp16 twins, and on targets other than sm_90 all but the extremes of what is the same on every
+            target, so that every kernel and every tile configuration of a target's own is still compiled.
+    """
+    specs = {name: spec for name, spec in specs_of(module).items() if spec.targets is None or target in spec.targets}
+    if thin:
+        specs = _without_twins(specs)
+        if target != "sm_90":
+            specs = _extremes(specs)
+    return list(specs)
+
+
+def _enter_worker(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def measure(
+    modules: Iterable[str], targets: Iterable[str], jobs: int = 2, thin: bool = False, mix: bool = True
+) -> list[Resources]:
+    """Compile the specs of ``modules`` for every target (see :func:`select`), in ``jobs`` processes.
 
     A compiler that crashes takes its process along; what was left is then compiled one process at a time, so that
     the crash is charged to the spec that caused it.
     """
-    tasks = [
-        (module, name, target)
-        for module in modules
-        for name, spec in specs_of(module).items()
-        for target in targets
-        if spec.targets is None or target in spec.targets
-    ]
+    targets = list(targets)
+    tasks = [(m, name, target) for m in modules for target in targets for name in select(m, target, thin)]
     results: dict[tuple[str, str, str], Resources] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_enter_worker) as pool:
-        futures = {task: pool.submit(measure_one, *task) for task in tasks}
-        for task, future in futures.items():
-            with contextlib.suppress(BrokenProcessPool):
-                results[task] = future.result()
-    for task in tasks:
-        if task not in results:
-            with ProcessPoolExecutor(1, mp_context=context, initializer=_enter_worker) as pool:
-                try:
-                    results[task] = pool.submit(measure_one, *task).result()
-                except BrokenProcessPool:
-                    results[task] = Resources(task[1], task[0], "", task[2], error="the compiler crashed")
+    # A cache of its own: nothing that another run left behind can be mistaken for this one's result.
+    with tempfile.TemporaryDirectory(prefix="resources-") as cache:
+        options: dict[str, Any] = {
+            "mp_context": multiprocessing.get_context("spawn"),
+            "initializer": _enter_worker,
+            "initargs": (cache,),
+        }
+        with ProcessPoolExecutor(jobs, **options) as pool:
+            futures = {task: pool.submit(measure_one, *task, mix) for task in tasks}
+            for task, future in futures.items():
+                with contextlib.suppress(BrokenProcessPool):
+                    results[task] = future.result()
+        for task in tasks:
+            if task not in results:
+                with ProcessPoolExecutor(1, **options) as pool:
+                    try:
+                        results[task] = pool.submit(measure_one, *task, mix).result()
+                    except BrokenProcessPool:
+                        results[task] = Resources(task[1], task[0], "", task[2], error="the compiler crashed")
     return [results[task] for task in tasks]
 
 
 def table(results: list[Resources]) -> str:
     """The results as a Markdown table."""
-    lines = [
-        "| spec | target | registers | spills | shared | occupancy | 16-byte loads, stores | MMA | total | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("spec", "target", "registers", "spills, local", "shared", "occupancy", "16 B loads, stores", "MMA", "s")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in results:
         if r.error:
             lines.append(
@@ -302,12 +358,18 @@ def table(results: list[Resources]) -> str:
             continue
         mix = r.instructions
         loads = mix.get("ldg_128", 0) + mix.get("ldgsts_128", 0) + mix.get("tma_load", 0)
-        mma = mix.get("hmma", 0) + mix.get("hgmma", 0) + mix.get("tcgen05_mma", 0)
-        occupied = "" if r.occupancy is None else f"{r.occupancy:.0%}"
-        lines.append(
-            f"| {r.spec} | {r.target} | {r.registers} | {r.spill_stores}/{r.spill_loads} | {r.shared} | {occupied} | "
-            f"{loads}, {mix.get('stg_128', 0)} | {mma} | {mix.get('total', 0)} | {r.seconds:.1f} |"
-        )
+        cells = [
+            r.spec,
+            r.target,
+            r.registers,
+            f"{r.spill_stores}/{r.spill_loads}, {r.local}",
+            r.shared,
+            "" if r.occupancy is None else f"{r.occupancy:.0%}",
+            f"{loads}, {mix.get('stg_128', 0)}",
+            mix.get("hmma", 0) + mix.get("hgmma", 0) + mix.get("tcgen05_mma", 0),
+            f"{r.seconds:.1f}",
+        ]
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -315,6 +377,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--modules", default="", help="kernel modules, comma separated; all by default")
+    parser.add_argument("--thin", action="store_true", help="leave out what another spec stands for")
+    parser.add_argument("--no-mix", action="store_true", help="do not disassemble")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
@@ -323,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     targets = [target for target in args.targets.split(",") if target]
     modules = [module for module in args.modules.split(",") if module] or kernel_modules()
     started = time.perf_counter()
-    results = measure(modules, targets, args.jobs)
+    results = measure(modules, targets, args.jobs, args.thin, not args.no_mix)
     if args.out:
         report = {
             "triton": triton.__version__,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import resources
+from embedkernels.kernels.specs import CompileSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +39,7 @@ def test_a_good_kernel(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
     result = toys["scale[aligned]", "sm_90"]
     assert result["error"] is None
     assert 16 <= result["registers"] <= 64
-    assert (result["spill_stores"], result["spill_loads"]) == (0, 0)
+    assert (result["spill_stores"], result["spill_loads"], result["local"]) == (0, 0, 0)
     assert result["threads"] == 128
     assert result["occupancy"] == 1.0
     assert result["instructions"]["ldg_128"] >= 1
@@ -56,6 +58,7 @@ def test_spills_are_seen(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert result["registers"] == 255
     assert result["spill_stores"] > 0
     assert result["spill_loads"] > 0
+    assert result["local"] > 0
     assert result["instructions"]["stl"] > 0
     assert result["instructions"]["hgmma"] > 0
 
@@ -109,3 +112,37 @@ def test_an_unknown_target_is_named() -> None:
 )
 def test_occupancy(registers: int, threads: int, shared: int, target: str, expected: float) -> None:
     assert resources.occupancy(registers, threads, shared, target) == pytest.approx(expected)
+
+
+def spec(name: str, kernel: str = "k", dtype: str = "*bf16", targets: Any = None, **constexprs: int) -> CompileSpec:
+    stand_in = SimpleNamespace(__name__=kernel)
+    return CompileSpec(name, stand_in, {"x_ptr": dtype}, constexprs, targets=targets)
+
+
+SPECS = [
+    spec("half small", dtype="*fp16", BLOCK=16),
+    spec("small", BLOCK=16),
+    spec("middle", BLOCK=32),
+    spec("large", BLOCK=64),
+    spec("fp32", dtype="*fp32", BLOCK=32),
+    spec("only half", dtype="*fp16", BLOCK=128),
+    spec("another kernel", kernel="other", BLOCK=16),
+    spec("tuned", targets=("sm_80", "sm_86"), BLOCK=32),
+    spec("tuned half", dtype="*fp16", targets=("sm_80", "sm_86"), BLOCK=32),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "thin", "left_out"),
+    [
+        ("sm_80", False, set()),
+        ("sm_90", False, {"tuned", "tuned half"}),
+        ("sm_90", True, {"tuned", "tuned half", "half small"}),
+        ("sm_80", True, {"tuned half", "half small", "middle"}),
+    ],
+)
+def test_what_is_left_out_has_something_standing_for_it(
+    monkeypatch: pytest.MonkeyPatch, target: str, thin: bool, left_out: set[str]
+) -> None:
+    monkeypatch.setattr(resources, "specs_of", lambda _: {s.name: s for s in SPECS})
+    assert set(resources.select("any", target, thin)) == {s.name for s in SPECS} - left_out
