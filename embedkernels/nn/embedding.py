@@ -17,8 +17,8 @@ class FusedEmbedding(nn.Embedding):
     ``nn.Embedding``. The gradient of the table is added in fp32 whatever its dtype, with the same bits in every run.
     An id out of range raises an IndexError that names it (see :func:`embedkernels.embedding`).
 
-    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are honoured by running the stock forward, which ``fused`` tells.
-    So are weights that are no plain floating-point tensor (a DTensor, a quantised tensor) and the transforms of
+    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` run the stock forward as it is, which ``fused`` tells.
+    So do weights that are no plain floating-point tensor (a DTensor, a quantised tensor) and the transforms of
     ``torch.func``.
 
     Args:
