@@ -49,10 +49,10 @@ def told(*, debug: bool) -> Iterator[None]:
         console.print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
         if remedy:
             console.print(f"  {escape(remedy)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(code) from None
+        raise SystemExit(code) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
 
 
 def _version(asked: bool) -> None:
