@@ -30,6 +30,7 @@ from embedkernels.kernels.attention_blocks import (
     key_block_ranges,
     load_bounds,
     load_key_block,
+    product,
     row_offset,
     split_program,
     tile_keep_mask,
@@ -97,20 +98,20 @@ def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset,
     q = tl.load(q_tile + tile_offsets(q_stride_s, BLOCK_M, BLOCK_D), mask=ok, other=0.0)
     grad = tl.load(grad_tile + tile_offsets(grad_stride_s, BLOCK_M, BLOCK_D), mask=ok, other=0.0)
     lse, delta = _load_rows(rows_ptr, row0 + g, Sq, m0, BLOCK_M)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+    p = tl.exp2(product(k, tl.trans(q)) * scale_log2 - lse[None, :])
     if DIAGONAL:
         first_query = tl.arange(0, BLOCK_N) + (n0 - query_offset - m0)
         p = tl.where(first_query[:, None] <= tl.arange(0, BLOCK_M)[None, :], p, 0.0)
-    dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
+    dp = product(v, tl.trans(grad))
     dropped = p
     if DROPOUT:
         seed, dropout_p = dropout
         keep = tile_keep_mask(seed, m0, n0, row0 + g, dropout_p, BLOCK_N, BLOCK_M, KEYS_FIRST=True)
         dropped = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp, 0.0)
-    dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision="ieee")
+    dv = product(dropped.to(grad.dtype), grad, dv)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = product(ds.to(q.dtype), q, dk)
     return dk, dv
 
 
@@ -189,15 +190,15 @@ def _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, scale_log2,
                 MASKED: tl.constexpr):  # fmt: skip
     """``dq`` after the keys of the block at n0."""
     k, v, valid = load_key_block(n0, keys, D, BLOCK_D, BLOCK_N, HAS_MASK, MASKED)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+    p = tl.exp2(product(q, tl.trans(k)) * scale_log2 - lse[:, None])
     if MASKED:
         p = tl.where(visible_pairs(valid, m0, n0, query_offset, BLOCK_M, BLOCK_N, CAUSAL), p, 0.0)
-    dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    dp = product(grad, tl.trans(v))
     if DROPOUT:
         seed, row, dropout_p = dropout
         dp = tl.where(tile_keep_mask(seed, m0, n0, row, dropout_p, BLOCK_M, BLOCK_N, KEYS_FIRST=False), dp, 0.0)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return product(ds.to(k.dtype), k, dq)
 
 
 @triton.jit(do_not_specialize=["Sq", "Sk", "query_offset"])
@@ -273,6 +274,8 @@ def backward(
 ) -> None:
     """Launch: fills ``dq``, and ``dk`` with ``dv``, if given. Inputs as the op has checked them."""
     batch, heads, num_queries, head_size = query.shape
+    if heads == 0:
+        return
     heads_kv, num_keys = key.shape[1], key.shape[2]
     group, width = heads // heads_kv, block_d(head_size)
     tiles = tiles_for(query, dropout_p > 0)

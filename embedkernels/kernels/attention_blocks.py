@@ -1,9 +1,13 @@
 """Device functions that the attention kernels share: which key blocks to visit, how to load them, what to drop."""
 
+import os
+
 import triton
 import triton.language as tl
 
 from embedkernels.kernels.random import ROUNDS
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 # Rows of the backward's scratch are padded to this many queries per head, so that its loads need no mask. A multiple
 # of every BLOCK_M.
@@ -42,6 +46,16 @@ def with_columns(row_ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
     if D != BLOCK_D:
         ok = ok & (tl.arange(0, BLOCK_D)[None, :] < D)
     return ok
+
+
+@triton.jit
+def product(a, b, acc=None):
+    """a · b, added to ``acc`` if there is one; fp32 operands are not rounded to tf32."""
+    if _INTERPRETED:
+        # It multiplies the bits of bf16 numbers as integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from embedkernels.kernels.attention_blocks import (
     key_block_ranges,
     load_bounds,
     load_key_block,
+    product,
     row_offset,
     split_program,
     tile_keep_mask,
@@ -49,24 +50,23 @@ def _attend(state, q, n0, m0, keys, query_offset, scale_log2, dropout,
     """``state`` (weighted sum of v, sum of exponentials, highest score) after the keys of the block at n0."""
     acc, total, highest = state
     k, v, valid = load_key_block(n0, keys, D, BLOCK_D, BLOCK_N, HAS_MASK, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = product(q, tl.trans(k))
     if MASKED:
         visible = visible_pairs(valid, m0, n0, query_offset, BLOCK_M, BLOCK_N, CAUSAL)
-        s = tl.where(visible, s * scale_log2, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(s, 1))
+        s = tl.where(visible, s, float("-inf"))
+    # One fused multiply-add per score: scaling first would round scores in the hundreds.
+    new_highest = tl.maximum(highest, tl.max(s, 1) * scale_log2)
+    pivot = new_highest
+    if MASKED:
         # A row that has seen no key yet: exp2(-inf - -inf) would be NaN.
         pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        p = tl.exp2(s - pivot[:, None])
-        alpha = tl.exp2(highest - pivot)
-    else:
-        new_highest = tl.maximum(highest, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - new_highest[:, None])
-        alpha = tl.exp2(highest - new_highest)
+    p = tl.exp2(s * scale_log2 - pivot[:, None])
+    alpha = tl.exp2(highest - pivot)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         seed, row, dropout_p = dropout
         p = tl.where(tile_keep_mask(seed, m0, n0, row, dropout_p, BLOCK_M, BLOCK_N, KEYS_FIRST=False), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    acc = product(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, total, new_highest
 
 
@@ -191,10 +191,11 @@ def heaviest(kernel: Any, which: str) -> list[CompileSpec]:
                 if name not in constexprs
             }
             aligned = {name for name in signature if name.endswith("_ptr") or "_stride_" in name}
+            label = f"{family},d{head_size},{'dropout,' if dropout else ''}{dtype}"
             specs.append(
                 CompileSpec(
-                    f"{kernel.__name__}[{family},d{head_size},{dtype}]", kernel, signature, constexprs,
-                    tile.num_warps, tile.num_stages, frozenset(aligned - {"mask_stride_b"}), TARGETS[family],
+                    f"{kernel.__name__}[{label}]", kernel, signature, constexprs, tile.num_warps,
+                    tile.num_stages, frozenset(aligned - {"mask_stride_b"}), TARGETS[family],
                 )
             )  # fmt: skip
     return specs

@@ -1,8 +1,9 @@
 """Tile sizes of the attention kernels: one table, no tuning at run time.
 
-Each entry was chosen by compiling candidates for the family's target with every feature on (causal, key mask, bounds,
-grouped heads, dropout where the entry is for dropout) and taking the largest without a spill that fits shared memory.
-None was chosen by timing.
+Each entry was chosen by compiling candidates for the family's target with every feature on (causal order, key mask,
+bounds, grouped heads, dropout where the entry is for dropout) and taking the largest without a spill that fits shared
+memory. None was chosen by timing. fp32 has small tiles because its products run without the matrix unit: tf32 would
+not keep the contract.
 """
 
 from __future__ import annotations
@@ -46,14 +47,47 @@ TARGETS = {
     "gfx942": ("gfx942",),
 }
 
-_TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
-    family: {
-        2: {
-            width: Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)) for width in (16, 32, 64, 128)
-        },
-        4: {width: Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)) for width in (16, 32, 64, 128)},
-    }
-    for family in TARGETS
+# By family, bytes of an element and width of the tile: forward, dk and dv, dq.
+_TABLE = {
+    ("sm_80", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
+    ("sm_80", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
+    ("sm_80", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 1), Tile(64, 64, 8, 1)),
+    ("sm_80", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_80", 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_80", 4, 128): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
+    ("sm_90", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
+    ("sm_90", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("sm_90", 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_90", 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_90", 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
+    ("sm_100", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
+    ("sm_100", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 1), Tile(128, 64, 8, 3)),
+    ("sm_100", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_100", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_100", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)),
+    ("sm_100", 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_100", 4, 64): Tiles(Tile(64, 32, 8, 1), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_100", 4, 128): Tiles(Tile(32, 16, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("gfx942", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
+    ("gfx942", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
+    ("gfx942", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
+    ("gfx942", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 2)),
+    ("gfx942", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)),
+    ("gfx942", 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
+    ("gfx942", 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
+    ("gfx942", 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(16, 32, 8, 1), Tile(32, 16, 8, 2)),
+}
+# Where dropout's bits are what the registers run out of, larger tiles without it.
+_WITHOUT_DROPOUT = {
+    ("sm_80", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+    ("sm_100", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_100", 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
+    ("gfx942", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 2)),
 }
 
 _forced: Tiles | None = None
@@ -79,25 +113,23 @@ def tiles_for(query: Tensor, dropout: bool) -> Tiles:
     """The tiles that a call with these queries is launched with."""
     if _forced is not None:
         return _forced
-    return _row(family(query.device), query.element_size(), block_d(query.shape[3]), dropout)
-
-
-def _row(name: str, element_size: int, width: int, dropout: bool) -> Tiles:  # noqa: ARG001
-    return _TABLE[name][element_size][width]
+    entry = family(query.device), query.element_size(), block_d(query.shape[3])
+    return _TABLE[entry] if dropout else _WITHOUT_DROPOUT.get(entry, _TABLE[entry])
 
 
 def shipped_tiles() -> Iterator[tuple[str, tuple[str, ...], int, bool, Tiles]]:
-    """Every entry once: family, the dtypes it serves, the width of its tiles, whether for dropout, tiles."""
-    for name, sizes in _TABLE.items():
-        for element_size, widths in sizes.items():
-            dtypes = ("fp32",) if element_size == 4 else ("bf16", "fp16")
-            for width in widths:
-                yield name, dtypes, width, True, _row(name, element_size, width, True)
+    """Every entry once: family, the dtypes it serves, the width of its tiles, whether dropout may be on, tiles."""
+    for dropout, table in ((True, _TABLE), (False, _WITHOUT_DROPOUT)):
+        for (name, element_size, width), tiles in table.items():
+            yield name, ("fp32",) if element_size == 4 else ("bf16", "fp16"), width, dropout, tiles
 
 
 @contextlib.contextmanager
-def use_tiles(tiles: Tiles) -> Iterator[None]:
-    """Within the block, every launch takes ``tiles``: for tests and measurements. Block sizes are multiples of 16."""
+def use_tiles(tiles: Tiles | None) -> Iterator[None]:
+    """Within the block, every launch takes ``tiles``, or the table's if None: for tests and measurements.
+
+    Block sizes are powers of two from 16 to 128.
+    """
     global _forced
     before, _forced = _forced, tiles
     try:

@@ -111,7 +111,10 @@ def attention(
     if autocast:
         query, key, value = (x.to(_autocast_dtype(x)) for x in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    if scale < 0:  # the kernels look for the highest score before they scale it
+    # The kernels look for the highest score before they scale it: they need a scale above 0.
+    if scale == 0:
+        query, scale = query * 0, 1.0
+    elif scale < 0:
         query, scale = -query, -scale
     bounds = None
     if any(mask is not None for mask in masks):
@@ -368,7 +371,8 @@ def _like(x: Tensor) -> Tensor:
 
 def _near(x: Tensor) -> Tensor:
     """``x`` as the kernels read it: a last stride of 1, and offsets within a tile that fit 32 bits."""
-    return x if x.stride(3) == 1 and x.stride(2) < _LARGEST_ROW_STRIDE else x.contiguous()
+    near = x.stride(3) == 1 and (x.stride(2) < _LARGEST_ROW_STRIDE or x.shape[2] == 1)
+    return x if near else x.contiguous()
 
 
 def _unit(x: Tensor | None) -> Tensor | None:

@@ -1,0 +1,119 @@
+"""Forward, dq, dk and dv within the numerical contract, for every two features together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from embedkernels.kernels.attention_tiles import shipped_tiles
+from tests.attention import cases
+from tests.contract import assert_within_contract
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Lengths: like, fewer and more queries than keys; none a multiple of a block, so that every loop has a cut block.
+# Causal order with an offset as in decoding against a cache, and with a negative one, which leaves the first queries
+# without keys.
+FEATURES = {
+    "mask": ["none", "right", "left", "holes", "lengths", "starts"],
+    "order": ["any", "causal", "offset", "negative"],
+    "dtype": [FP32, BF16, FP16],
+    "lengths": [(33, 37), (17, 45), (41, 19)],
+    "heads": [(2, 2), (2, 1), (4, 2)],
+    "layout": ["contiguous", "transposed", "packed"],
+    "dropout_p": [0.0, 0.3],
+}
+HEAD_SIZES = (16, 20, 32, 40, 64, 80, 96, 128)
+CASES = [(row, HEAD_SIZES[i % len(HEAD_SIZES)]) for i, row in enumerate(cases.covering(FEATURES))]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases.poisoned_allocations(monkeypatch)
+
+
+def check(call: cases.Call, tiles: Any = cases.SMALL) -> None:
+    ours, theirs, expected = cases.ours(call, tiles=tiles), cases.theirs(call), cases.expected(call)
+    for name, mine, their, exact in zip(cases.NAMES, ours, theirs, expected, strict=True):
+        assert_within_contract(mine, their, exact, name)
+
+
+def build(row: dict[str, Any], head_size: int, device: torch.device) -> cases.Call:
+    row = dict(row)
+    mask, order, lengths = row.pop("mask"), row.pop("order"), row["lengths"]
+    if device.type == "cuda":
+        row["lengths"] = lengths = (lengths[0] * 9, lengths[1] * 9)
+    if order != "any":
+        row["is_causal"] = True
+        row["query_offset"] = {"causal": 0, "offset": abs(lengths[1] - lengths[0]), "negative": -lengths[0] // 4}[
+            order
+        ]
+    return cases.inputs(head_size=head_size, device=device, **row, **cases.masks(mask, 2, lengths[1], device))
+
+
+@pytest.mark.parametrize(("row", "head_size"), CASES)
+def test_every_two_features_together(row: dict[str, Any], head_size: int, device: torch.device) -> None:
+    check(build(row, head_size, device))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, -0.3])
+def test_any_scale(scale: float, device: torch.device) -> None:
+    """0 gives every visible key the same weight, a negative one prefers the least score."""
+    mask = cases.masks("holes", 2, 21, device)
+    check(cases.inputs(lengths=(18, 21), head_size=16, scale=scale, is_causal=True, device=device, **mask))
+
+
+def test_large_scores(device: torch.device) -> None:
+    """Scores around a hundred: most exponentials underflow, and nothing overflows."""
+    check(cases.inputs(lengths=(18, 40), head_size=16, scale=8.0, device=device))
+
+
+@pytest.mark.parametrize("mask", ["none", "lengths"])
+def test_one_query_against_a_cache(mask: str, device: torch.device) -> None:
+    call = cases.inputs(
+        heads=(4, 2),
+        lengths=(1, 45),
+        is_causal=True,
+        query_offset=44,
+        device=device,
+        **cases.masks(mask, 2, 45, device),
+    )
+    check(call)
+
+
+def test_tiles_of_the_interpreter_are_the_shipped_ones_too(device: torch.device) -> None:
+    """Without the override: blocks larger than the inputs."""
+    check(cases.inputs(lengths=(19, 70), head_size=64, dtype=BF16, is_causal=True, device=device), tiles=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("mask", ["none", "holes"])
+@pytest.mark.parametrize(
+    ("dtype", "width"), sorted({(dtype, width) for _, dtypes, width, _, _ in shipped_tiles() for dtype in dtypes})
+)
+def test_every_shipped_tile_on_the_device(
+    dtype: str, width: int, mask: str, dropout_p: float, device: torch.device
+) -> None:
+    """The tiles of this device's family, at lengths of several blocks, in the head size that fills them."""
+    call = cases.inputs(
+        heads=(4, 2), lengths=(517, 645), head_size=width, dtype={"fp32": FP32, "bf16": BF16, "fp16": FP16}[dtype],
+        layout="transposed", is_causal=True, query_offset=128, dropout_p=dropout_p, device=device,
+        **cases.masks(mask, 2, 645, device),
+    )  # fmt: skip
+    check(call)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits(device: torch.device) -> None:
+    """Keys whose rows lie 2**23 elements apart: the last of them is beyond 2**31."""
+    length, stride = 300, 1 << 23
+    storage = torch.empty(length * stride, dtype=BF16, device=device)
+    key = torch.as_strided(storage, (1, 1, length, 64), (0, 0, stride, 1))
+    call = cases.inputs(batch=1, heads=(1, 1), lengths=(length, length), head_size=64, dtype=BF16, device=device)
+    key.copy_(call.key.detach())
+    far = cases.ours(cases.Call(call.query, key.requires_grad_(), call.value, call.grad))
+    for (name, a), b in zip(cases.pairs(far), cases.ours(call), strict=True):
+        assert torch.equal(a, b), name
