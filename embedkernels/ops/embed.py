@@ -42,10 +42,10 @@ def embed(
 ) -> Tensor:
     """Input embeddings of a transformer: y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])).
 
-    Differentiable, once, in the three tables and in the norm's weight and bias. On a GPU one kernel writes y, and the
-    backward pass gathers the rows again and draws the dropout mask again instead of reading saved activations: the
-    tables must not change between forward and backward (PyTorch raises if they do). Arithmetic is in fp32, results
-    are bitwise reproducible.
+    Differentiable in the three tables and in the norm's weight and bias; on the Triton backend once (its gradient
+    has no derivative). There one kernel writes y, and the backward pass gathers the rows and draws the dropout mask
+    again instead of reading saved activations: the tables must not change between forward and backward (PyTorch
+    raises if they do). Arithmetic is in fp32, results are bitwise reproducible.
 
     Args:
         ids: int32 or int64, (..., S), token ids in [0, V).
@@ -90,10 +90,11 @@ def embed(
     position_padding = -1
     if position_weight is not None:
         position_padding = normalized_padding(position_padding_idx, position_weight.shape[0], "embed")
+    in_kernels = weight.dtype in _KERNEL_DTYPES
+    if backend == "triton" and not in_kernels:
+        raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {weight.dtype}")
     chosen = choose("embed", weight.device, backend).backend
-    if chosen == "triton" and weight.dtype not in _KERNEL_DTYPES:
-        if backend == "triton":
-            raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {weight.dtype}")
+    if not in_kernels:
         chosen = "torch"
     if chosen == "torch":
         return _composed(
@@ -305,9 +306,10 @@ def _forward_impl(
 
     inputs = _inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
     errors = id_errors.error_state(device)
-    mean, rstd = kernels.embed_forward(
-        inputs, out, norm, norm_weight, norm_bias, norm_eps, dropout_p, seed, (errors.flag, errors.record)
-    )
+    with torch.cuda.device_of(weight):
+        mean, rstd = kernels.embed_forward(
+            inputs, out, norm, norm_weight, norm_bias, norm_eps, dropout_p, seed, (errors.flag, errors.record)
+        )
     id_errors.after_launch(device)
     return out, mean, rstd
 
@@ -339,9 +341,11 @@ def _backward_impl(
     from embedkernels.kernels import embed as kernels
 
     inputs = _inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
-    return kernels.embed_backward(
-        inputs, grad.contiguous(), norm, norm_weight, norm_bias, mean, rstd, dropout_p, seed, need_rows, need_norm
-    )
+    grad = grad.contiguous()
+    with torch.cuda.device_of(weight):
+        return kernels.embed_backward(
+            inputs, grad, norm, norm_weight, norm_bias, mean, rstd, dropout_p, seed, need_rows, need_norm
+        )
 
 
 def _backward_fake(
@@ -428,8 +432,15 @@ def _table_grad(source: Tensor, ids: Tensor | None, start: int, rows: int, paddi
     return grad
 
 
+def _double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "embed: the gradient is not differentiable again on the triton backend; use backend='torch' for that"
+    )
+
+
 _library.impl("embed_forward", _forward_impl, "CompositeExplicitAutograd")
 _library.impl("embed_backward", _backward_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("embedkernels::embed_forward", _forward_fake, lib=_library)
 torch.library.register_fake("embedkernels::embed_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("embedkernels::embed_forward", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("embedkernels::embed_backward", _double_backward, lib=_library)

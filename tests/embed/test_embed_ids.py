@@ -217,10 +217,11 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     assert str(raised.value).startswith("embed: ")
 
 
-def test_the_op_itself_refuses_what_would_read_beyond_a_table() -> None:
+def test_the_op_itself_refuses_what_would_read_beyond_a_table(device: torch.device) -> None:
     op = torch.ops.embedkernels.embed_forward
+    ids, weight = IDS.to(device), WEIGHT.to(device)
     rest = (None, None, False, None, None, 1e-5, 0.0, None, torch.float32, -1, -1)
     with pytest.raises(ValueError, match="tables differ"):
-        op(IDS, WEIGHT, WEIGHT[:, :3], None, 0, *rest)
+        op(ids, weight, weight[:, :3], None, 0, *rest)
     with pytest.raises(ValueError, match="expected 6 or 3 ids, got 2"):
-        op(IDS, WEIGHT, WEIGHT, IDS[0, :2], 0, *rest)
+        op(ids, weight, weight, ids[0, :2], 0, *rest)
