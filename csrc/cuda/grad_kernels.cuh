@@ -15,7 +15,7 @@
 
 namespace embedkernels::cuda {
 
-constexpr int kBlocksPerSm = 4;  // at most 64 registers: 8 rows in flight per thread, and 32 warps to hide latency
+constexpr int kBlocksPerSm = 3;  // at most 80 registers: 8 rows in flight per thread without spilling one
 
 // The segment that starts in a tile and goes on behind it.
 struct Tail {
@@ -232,6 +232,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
     for (int i = 0; i < V; ++i) shared.sums[warp][lane][i] = sum[i];
     __syncthreads();
+    // No barrier before the next round: a second segment this long cannot start among the same tiles.
+    static_assert(kLongSpan >= kWarps);
     if (warp == 0 && active) {
       clear(sum);
       for (int other = 0; other < kWarps; ++other) {
@@ -240,7 +242,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       }
       store_sum<T, V>(target, sum);
     }
-    __syncthreads();  // shared.sums is written again
   }
 }
 

@@ -6,6 +6,7 @@ carry the path of the checkout.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -36,12 +37,14 @@ class Record:
         reason: in a sentence, what it was built with, or why it was not.
         architectures: its CUDA targets, empty for a CPU-only library.
         torch: version of the headers.
+        sha256: of the library, so that a damaged file is refused before the system's loader trips over it.
     """
 
     built: bool
     reason: str
     architectures: list[str] = field(default_factory=list)
     torch: str = ""
+    sha256: str = ""
 
 
 def _escape(text: str) -> str:
@@ -145,9 +148,10 @@ def _build(build_dir: Path, library: Path) -> Record:
         rules.write_text(text)
     _run_ninja(ninja, build_dir)
     _replace(build_dir / LIBRARY, library)
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
     if cuda is None:
-        return Record(True, cpu_only, [], torch.version)
-    return Record(True, f"C++ and CUDA {cuda.version}", cuda.targets, torch.version)
+        return Record(True, cpu_only, [], torch.version, digest)
+    return Record(True, f"C++ and CUDA {cuda.version}", cuda.targets, torch.version, digest)
 
 
 def build(build_dir: Path, package_dir: Path) -> Record:

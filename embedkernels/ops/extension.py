@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import re
@@ -48,10 +49,10 @@ def _refused(path: Path | None, reason: str) -> ExtensionStatus:
     return ExtensionStatus(False, False, None if path is None else str(path), reason, ())
 
 
-def _record(package: Path) -> str:
-    """What the build wrote down."""
+def _record(package: Path, field: str) -> str:
+    """What the build wrote down next to the library."""
     try:
-        return str(json.loads((package / "_extension.json").read_text())["reason"])
+        return str(json.loads((package / "_extension.json").read_text())[field])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
@@ -63,6 +64,10 @@ def _inspect(path: Path, package: Path) -> ExtensionStatus:
         OSError: not a library, or not one for this machine and PyTorch.
         AttributeError: a library, but not this one.
     """
+    # A file cut short can kill the process inside the system's loader: look before loading.
+    expected = _record(package, "sha256")
+    if expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise OSError("its checksum is not the one that the build wrote down: the file is damaged")
     torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
     library.embedkernels_architectures.restype = ctypes.c_char_p
@@ -74,7 +79,7 @@ def _inspect(path: Path, package: Path) -> ExtensionStatus:
         )
     architectures = tuple(part for part in library.embedkernels_architectures().decode().split(",") if part)
     _register_fakes()
-    reason = _record(package) or "C++"
+    reason = _record(package, "reason") or "C++"
     if not architectures:
         return ExtensionStatus(True, False, str(path), reason, ())
     reason = f"{reason} for {', '.join(architectures)}"
@@ -93,7 +98,7 @@ def load(package: Path) -> ExtensionStatus:
     if os.environ.get("EMBEDKERNELS_DISABLE_EXTENSION", "0") == "1":
         return _refused(path if path.is_file() else None, "EMBEDKERNELS_DISABLE_EXTENSION=1 is set")
     if not path.is_file():
-        why = _record(package)
+        why = _record(package, "reason")
         return _refused(None, f"the C++ library was not built: {why}" if why else "the C++ library was not built")
     try:
         status = _inspect(path, package)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 
-# Each breaks something else: uniform has short segments, Zipf a few long ones among many short, one hot id and equal
-# ids span tiles, distinct ids have one position each, sorted and reversed ids meet a stable sort's edge cases, padding
-# leaves nothing, out of range leaves holes.
+# Each breaks something else: uniform ids make short segments, Zipf a few long ones among many short, one hot id and
+# equal ids span tiles, distinct ids have one position each, sorted and reversed ids meet a stable sort's edge cases,
+# padding leaves nothing, ids out of range leave holes.
 DISTRIBUTIONS = (
     "uniform",
     "zipf",
@@ -38,7 +38,7 @@ def make_ids(distribution: str, n: int, rows: int, seed: int = 0, dtype: torch.d
     elif distribution == "equal":
         ids = torch.full((n,), rows - 1)
     elif distribution == "distinct":
-        ids = torch.randperm(max(rows, n), generator=random)[:n] % rows
+        ids = torch.randperm(n, generator=random) * max(1, rows // max(n, 1)) % rows
     elif distribution == "padding":
         ids = torch.full((n,), PADDING)
     elif distribution == "sorted":
@@ -74,10 +74,14 @@ def check_plan(made: Plan, ids: Tensor, num_rows: int, padding_idx: int = -1, vo
     assert int(count) == len(rows)
     assert torch.equal(order[: len(positions)].long(), positions[by_row.indices])
     assert torch.equal(segment_ids[: len(rows)].long(), rows)
-    assert torch.equal(offsets[: len(rows) + 1].long(), torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0))))
+    assert torch.equal(
+        offsets[: len(rows) + 1].long(), torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)))
+    )
 
 
-def grad_reference(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0) -> Tensor:
+def grad_reference(
+    grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0
+) -> Tensor:
     """The dense gradient in float64."""
     keep = kept(ids, num_rows, padding_idx, vocab_start)
     rows = (ids.reshape(-1).cpu().long() - vocab_start)[keep]
@@ -85,7 +89,9 @@ def grad_reference(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: i
     return out.index_add_(0, rows, grad_rows.cpu()[keep].double())
 
 
-def grad_pytorch(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0) -> Tensor:
+def grad_pytorch(
+    grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0
+) -> Tensor:
     """The dense gradient by PyTorch's own operator, in the dtype of ``grad_rows``."""
     keep = kept(ids, num_rows, padding_idx, vocab_start).to(grad_rows.device)
     rows = (ids.reshape(-1).long() - vocab_start).masked_fill(~keep.to(ids.device), 0)

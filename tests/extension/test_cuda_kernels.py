@@ -132,14 +132,13 @@ def test_vectors_and_single_elements_give_the_same_bits():
     assert torch.equal(one, other)
 
 
-def test_rows_beyond_two_to_the_31_elements():
-    """Row 2**21 of a table of 1024 columns starts 2**31 elements in: addresses must not wrap."""
-    ends = (ctypes.c_float * 2)()
-    message = shim.library().shim_far_row(
-        ctypes.c_int64(40), ctypes.c_int64(2**21 + 5), ctypes.c_int64(1024), ends
-    )
+def test_beyond_two_to_the_31_elements():
+    """Row 2**21 of 1024 columns starts 2**31 elements in, in the table and in the gradient."""
+    ends = (ctypes.c_float * 3)()
+    sizes = (2**21 + 5, 300, 2**21 + 9, 1024)
+    message = shim.library().shim_far(*(ctypes.c_int64(size) for size in sizes), ends)
     assert message is None, message
-    assert list(ends) == [40.0, 0.0]
+    assert list(ends) == [299.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 255, 256, 65535, 65536, 128256, 2**31 - 1])
@@ -156,9 +155,7 @@ def test_launches_stay_within_limits(n, width, size, vector, partial):
     width = -(-width // vector) * vector
     rows = min(2**31 - 1, 2**37 // (width * size))
     shape = (ctypes.c_int64 * 8)()
-    shim.library().shim_shape(
-        *(ctypes.c_int64(value) for value in (n, rows, width)), size, vector, partial, shape
-    )
+    shim.library().shim_shape(*(ctypes.c_int64(value) for value in (n, rows, width)), size, vector, partial, shape)
     tiles, tile, reduce_blocks, zero_blocks, finish_blocks, lanes, groups, zero_rows = shape
     assert tiles * tile >= n > (tiles - 1) * tile
     assert lanes * groups <= 256

@@ -38,7 +38,12 @@ def compiler() -> str:
 @functools.cache
 def library() -> ctypes.CDLL:
     sources = [SHIM / name for name in ("thread_block.cpp", "kernels.cpp", "faults.cpp")]
-    read = [*sources, SHIM / "thread_block.h", *sorted((ROOT / "csrc").rglob("*.h")), *sorted((ROOT / "csrc").rglob("*.cuh"))]
+    read = [
+        *sources,
+        SHIM / "thread_block.h",
+        *sorted((ROOT / "csrc").rglob("*.h")),
+        *sorted((ROOT / "csrc").rglob("*.cuh")),
+    ]
     digest = hashlib.sha256("".join(FLAGS).encode() + b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
     target = ROOT / "build" / "shim" / f"shim-{digest}.so"
     if not target.is_file():
@@ -47,7 +52,7 @@ def library() -> ctypes.CDLL:
         subprocess.run([compiler(), *FLAGS, *map(str, sources), "-o", str(fresh)], check=True)
         fresh.replace(target)
     loaded = ctypes.CDLL(str(target))
-    for name in ("shim_plan", "shim_grad", "shim_far_row", "shim_fault"):
+    for name in ("shim_plan", "shim_grad", "shim_far", "shim_fault"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 

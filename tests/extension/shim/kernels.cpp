@@ -156,27 +156,30 @@ extern "C" const char* shim_grad(int dtype, int vectors, const void* grad_rows, 
   return done();
 }
 
-// A table of more than 2^31 elements, of which only the blocks that matter run: the pages of the others stay unmapped.
-// One id, the last row, `n` times; writes that row's first element and the one of the row before it to `ends`.
-extern "C" const char* shim_far_row(int64_t n, int64_t num_rows, int64_t width, float* ends) {
+// A table and gradient rows of more than 2^31 elements each, of which only the blocks that matter run: the pages of the
+// others stay unmapped. The plan keeps n - 1 times the last row and once the one before, from the last gradient rows,
+// which hold 1. Writes the first element of the last three rows of the table to `ends`.
+extern "C" const char* shim_far(int64_t n, int64_t kept, int64_t num_rows, int64_t width, float* ends) {
   error.clear();
   const GradShape shape = grad_shape_of<float, 4>(n, num_rows, width);
-  std::vector<float> ones(n * width, 1.0f);
-  std::vector<int> order(n), ids(n, int(num_rows - 1)), offsets(n + 1, int(n));
-  std::iota(order.begin(), order.end(), 0);
-  offsets[0] = 0;
-  const int count = 1;
-  const Input<float> rows(ones.data(), n * width, false);
-  const shim::Guarded table(num_rows * width * sizeof(float), false);
-  const Output<float> partials(2 * shape.tiles * width, false);
+  const Output<int> order(n, false), ids(n, false), offsets(n + 1, false);
+  std::iota(order.get(), order.get() + kept, int(n - kept));
+  ids.get()[0] = int(num_rows - 2);
+  ids.get()[1] = int(num_rows - 1);
+  const int bounds[] = {0, 1, int(kept)};
+  std::copy(std::begin(bounds), std::end(bounds), offsets.get());
+  const int count = 2;
+  const shim::Guarded rows(n * width * sizeof(float), false), table(num_rows * width * sizeof(float), false),
+      partials(2 * shape.tiles * width * sizeof(float), false);
+  std::fill_n(rows.as<float>() + (n - kept) * width, kept * width, 1.0f);
   const Output<Tail> tails(shape.tiles, false);
   Launcher launcher(0, 0);
   const int64_t last = shape.reduce_blocks + shape.zero_blocks - 1;
-  launcher.selected = [&](int64_t block) { return block < shape.reduce_blocks || block == last; };
-  const PlanView plan{order.data(), ids.data(), offsets.data(), &count};
-  run_grad<Launcher, float, 4>(launcher, rows.as<float>(), plan, table.as<float>(), partials.get(), tails.get(), shape);
-  ends[0] = table.as<float>()[(num_rows - 1) * width];
-  ends[1] = table.as<float>()[(num_rows - 2) * width];
+  launcher.selected = [&](int64_t block) { return block < 8 || block == last; };
+  const PlanView plan{order.get(), ids.get(), offsets.get(), &count};
+  run_grad<Launcher, float, 4>(launcher, rows.as<float>(), plan, table.as<float>(), partials.as<float>(), tails.get(),
+                               shape);
+  for (int i = 0; i < 3; ++i) ends[i] = table.as<float>()[(num_rows - 1 - i) * width];
   return done();
 }
 

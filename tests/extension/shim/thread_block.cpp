@@ -176,17 +176,21 @@ void arrange(std::vector<int>& order, Order how, std::mt19937_64& random) {
 void run_block(int threads, Order how, std::mt19937_64& random) {
   std::memset(shared_bytes().as<char>(), 0xff, kSharedBytes);
   for (Fiber& fiber : fibers) fiber.state = State::kReady;
-  std::vector<int> order(threads);
+  const int warps = (threads + kWarp - 1) / kWarp;
+  std::vector<int> warp_order(warps), lane_order(kWarp);
   for (;;) {
-    arrange(order, how, random);
-    for (int t : order) {
-      if (fibers[t].state == State::kReady) run_until_it_gives_way(t);
+    arrange(warp_order, how, random);
+    for (int warp : warp_order) {
+      const int first = warp * kWarp, last = std::min(first + kWarp, threads);
+      // A warp runs as far ahead of the others as barriers let it.
+      do {
+        arrange(lane_order, how, random);
+        for (int lane : lane_order) {
+          if (first + lane < last && fibers[first + lane].state == State::kReady) run_until_it_gives_way(first + lane);
+        }
+      } while (release(first, last, State::kAtWarpBarrier));
     }
-    bool moved = false;
-    for (int first = 0; first < threads; first += kWarp) {
-      moved |= release(first, std::min(first + kWarp, threads), State::kAtWarpBarrier);
-    }
-    if (moved || release(0, threads, State::kAtBlockBarrier)) continue;
+    if (release(0, threads, State::kAtBlockBarrier)) continue;
     for (int t = 0; t < threads; ++t) {
       if (fibers[t].state == State::kDone) continue;
       threadIdx.x = t;
