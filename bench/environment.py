@@ -10,10 +10,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import embedkernels
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "numpy", "embedkernels")
 # What a result depends on, for checkouts that travel without their .git.
-SOURCES = ("embedkernels/**/*.py", "csrc/**/*", "bench/*.py", "setup.py")
+SOURCES = ("csrc/**/*", "bench/*.py", "setup.py")
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
 DEVICE = ("name", "driver_version", "memory.total", "vbios_version", "persistence_mode", "ecc.mode.current")
 
@@ -44,10 +46,13 @@ def commit() -> dict[str, Any]:
 
     ``EMBEDKERNELS_COMMIT`` names the commit where the checkout has no ``.git``.
     """
+    package = Path(embedkernels.__file__).parent  # may be installed elsewhere
+    files = [(path, path.relative_to(package.parent)) for path in package.rglob("*.py")]
+    files += [(path, path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()]
     digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(p for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for path, name in sorted(files, key=lambda file: file[1].as_posix()):
+        if "__pycache__" not in name.parts:
+            digest.update(f"{name.as_posix()}\0".encode() + path.read_bytes())
     status = output("git", "status", "--porcelain")
     return {
         "commit": os.environ.get("EMBEDKERNELS_COMMIT") or output("git", "rev-parse", "HEAD"),

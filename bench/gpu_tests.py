@@ -1,11 +1,16 @@
 """The tests that gain from a GPU, with a record that survives being stopped: written after every test.
 
-python -m bench.gpu_tests --out tests.json
+    python -m bench.gpu_tests --out tests.json
+
+Nearly all of their time goes into compiling kernels, each for its own shapes: several processes share the GPU so that
+the compilers share the processor. ``--processes 1`` runs them one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,23 +21,47 @@ import pytest
 from bench.environment import ROOT
 from bench.files import write_json
 
-# What runs the same on every machine is left to CI: compiling for other targets, packaging, this harness.
-LEFT_OUT = ("tests/compiled", "tests/bench", "tests/extension/shim", "tests/cli", "tests/packaging")
-# Kernels and ops first: if the time runs out, it should be in the tests that say least about a GPU.
-FIRST = ("tests/kernels", "tests/ops", "tests/extension", "tests/attention", "tests/nn", "tests/hf")
+# What runs the same on every machine is left to CI: compilation, packaging, CPU code, this harness.
+LEFT_OUT = (
+    "tests/attention/test_compiled.py",
+    "tests/bench",
+    "tests/cli",
+    "tests/compiled",
+    "tests/extension/test_build.py",
+    "tests/extension/test_cpu_ops.py",
+    "tests/extension/test_cuda_code.py",
+    "tests/extension/test_cuda_kernels.py",
+    "tests/extension/test_loader.py",
+    "tests/extension/test_shim.py",
+    "tests/test_absence.py",
+    "tests/test_layering.py",
+)
+# If the time runs out, it should be in the tests that say least about a GPU. Those that need one come before all.
+FIRST = ("tests/extension", "tests/embedding", "tests/embed", "tests/attention", "tests/hf")
 KEPT = 3000  # characters of a failure's text
 SLOWEST = 15
 
 
-class Recorder:
-    """A pytest plugin that keeps counts, failures and the slowest tests in a JSON file."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """This module is a plugin of every test process: the order must be the same in all."""
 
-    def __init__(self, path: Path) -> None:
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        place = next((i for i, folder in enumerate(FIRST) if item.nodeid.startswith(f"{folder}/")), len(FIRST))
+        return "gpu" not in item.keywords, place
+
+    items.sort(key=order)
+
+
+class Recorder:
+    """A pytest plugin of the main process that keeps counts, failures and the slowest tests in a JSON file."""
+
+    def __init__(self, path: Path, processes: int) -> None:
         self.path = path
+        self.processes = processes
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.failures: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
-        self.running: str | None = None
+        self.running: set[str] = set()
         self.selected = 0
         self.finished = False
         self.started = time.monotonic()
@@ -40,26 +69,25 @@ class Recorder:
     def result(self) -> dict[str, Any]:
         slowest = sorted(self.seconds.items(), key=lambda item: -item[1])[:SLOWEST]
         return {
+            "processes": self.processes,
             "selected": self.selected,
             "counts": self.counts,
             "failures": self.failures,
             "slowest": [{"test": name, "seconds": round(seconds, 2)} for name, seconds in slowest],
-            "running": self.running,
+            "running": sorted(self.running),
             "finished": self.finished,
             "seconds": round(time.monotonic() - self.started, 1),
         }
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        def order(item: pytest.Item) -> int:
-            return next((i for i, place in enumerate(FIRST) if item.nodeid.startswith(place)), len(FIRST))
-
-        items.sort(key=order)
-
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.selected = len(session.items)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.selected = len(ids)
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.running = nodeid
+        self.running.add(nodeid)
         write_json(self.path, self.result())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -72,10 +100,10 @@ class Recorder:
         elif report.when == "call":
             self.counts["passed"] += 1
         if report.when == "teardown":
-            self.running = None
+            self.running.discard(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
+        if report.failed and report.nodeid not in self.failures:
             self.counts["failed"] += 1
             self.failures[report.nodeid] = f"collection: {report.longreprtext[-KEPT:]}"
 
@@ -87,12 +115,14 @@ class Recorder:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     parser.add_argument("pytest_args", nargs="*", help="instead of the whole selection; after --")
     args = parser.parse_args(argv)
+    processes = args.processes if importlib.util.find_spec("xdist") else 1
     selection = args.pytest_args or [str(ROOT / "tests"), *(f"--ignore={ROOT / place}" for place in LEFT_OUT)]
-    # One process: workers would compile the same kernels and share one GPU's memory.
-    options = ["-p", "no:xdist", "-p", "no:cacheprovider", "-q", f"--rootdir={ROOT}"]
-    return int(pytest.main([*options, *selection], plugins=[Recorder(args.out)]))
+    options = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-q", f"--rootdir={ROOT}"]
+    options += ["-n", str(processes)] if processes > 1 else ["-p", "no:xdist"]
+    return int(pytest.main([*options, *selection], plugins=[Recorder(args.out, processes)]))
 
 
 if __name__ == "__main__":

@@ -107,10 +107,10 @@ def _tests(data: dict[str, Any]) -> list[str]:
     done = sum(counts.values())
     lines = [
         f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped "
-        f"of {data['selected']} selected ({data['selected'] - done} not reached)."
+        f"of {data['selected']} selected ({data['selected'] - done} not reached), {data['processes']} processes."
     ]
-    if data["running"]:
-        lines.append(f"Stopped in {data['running']}.")
+    if not data["finished"]:
+        lines.append(f"Stopped while these ran: {', '.join(data['running']) or 'none'}.")
     lines += [f"- **{name}**: {_line(text[-400:], 400)}" for name, text in data["failures"].items()]
     return lines
 

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from bench import gpu_tests
 from bench.environment import ROOT
 
 TESTS = """
@@ -24,10 +28,11 @@ def test_endless(): time.sleep({seconds})
 """
 
 
-def start(tmp_path: Path, seconds: float) -> tuple[subprocess.Popen[bytes], Path]:
+def start(tmp_path: Path, seconds: float, processes: int) -> tuple[subprocess.Popen[bytes], Path]:
     file, out = tmp_path / "test_some.py", tmp_path / "tests.json"
     file.write_text(TESTS.format(seconds=seconds))
-    command = [sys.executable, "-m", "bench.gpu_tests", "--out", str(out), "--", str(file), f"--rootdir={tmp_path}"]
+    command = [sys.executable, "-m", "bench.gpu_tests", "--out", str(out), "--processes", str(processes)]
+    command += ["--", str(file), f"--rootdir={tmp_path}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), out
 
 
@@ -42,19 +47,21 @@ def check(result: dict[str, Any]) -> None:
     assert "no fixture" in failures["test_error"]
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
-    process, out = start(tmp_path, 0)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_finished_run(tmp_path: Path, processes: int) -> None:
+    process, out = start(tmp_path, 0, processes)
     assert process.wait(60) == 1
     result = json.loads(out.read_text())
     check(result)
     assert result["finished"]
     assert result["counts"]["passed"] == 2
-    assert result["running"] is None
+    assert result["running"] == []
+    assert result["processes"] == processes
     assert len(result["slowest"]) == 5
 
 
 def test_a_run_that_was_stopped(tmp_path: Path) -> None:
-    process, out = start(tmp_path, 600)
+    process, out = start(tmp_path, 600, 1)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if out.exists() and "test_endless" in str(json.loads(out.read_text())["running"]):
@@ -66,4 +73,30 @@ def test_a_run_that_was_stopped(tmp_path: Path) -> None:
     check(result)
     assert not result["finished"]
     assert result["counts"]["passed"] == 1
-    assert result["running"].endswith("test_endless")
+    assert [name.rpartition("::")[2] for name in result["running"]] == ["test_endless"]
+
+
+def test_tests_that_need_a_gpu_come_first() -> None:
+    def item(name: str, *keywords: str) -> Any:
+        return SimpleNamespace(nodeid=name, keywords=keywords)
+
+    items = [
+        item("tests/test_other.py::a"),
+        item("tests/hf/test_a.py::a"),
+        item("tests/embed/test_a.py::a"),
+        item("tests/hf/test_a.py::b", "gpu"),
+        item("tests/embed/test_a.py::b", "gpu"),
+    ]
+    gpu_tests.pytest_collection_modifyitems(items)
+    assert [one.nodeid for one in items] == [
+        "tests/embed/test_a.py::b",
+        "tests/hf/test_a.py::b",
+        "tests/embed/test_a.py::a",
+        "tests/hf/test_a.py::a",
+        "tests/test_other.py::a",
+    ]
+
+
+def test_what_is_left_out_exists() -> None:
+    assert [place for place in gpu_tests.LEFT_OUT if not (ROOT / place).exists()] == []
+    assert [place for place in gpu_tests.FIRST if not (ROOT / place).is_dir()] == []

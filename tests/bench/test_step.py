@@ -20,7 +20,7 @@ CASE = dataclasses.replace(cases.STEP[1], compiled=False).tiny()
 def run(monkeypatch: pytest.MonkeyPatch, change: Any, case: cases.StepCase = CASE) -> dict[str, Any]:
     """One case in which "ours" is what ``change`` makes of the stock model."""
 
-    def rivals(self: step.StepRunner, case: cases.StepCase, record: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    def rivals(self: step.StepRunner, case: cases.StepCase, record: dict[str, Any]) -> dict[str, Any]:
         return {step.STOCK: lambda model: model, "ours": change}
 
     monkeypatch.setattr(step.StepRunner, "rivals", rivals)
