@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEAD_SIZES = (16, 128)  # smallest and largest
-
 
 @dataclass(frozen=True)
 class Tile:
