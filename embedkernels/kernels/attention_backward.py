@@ -12,7 +12,7 @@ dS = P · (dP - delta), dq = scale · dS k, dk = scale · dSᵀ q (Dao, FlashAtt
 
 No atomics and a fixed order of every sum: two runs give the same bits. The price is that S and dP are computed twice,
 7 products in place of 5: 14·P·D FLOPs per (batch row, head) with P visible pairs, against at least
-(8·Sq + 8·Sk·Hkv/H)·D·e bytes for elements of e bytes. At Sq = Sk = S, no mask and bf16 that is 0.44·S FLOPs per byte.
+(8·Sq + 8·Sk·Hkv/H)·D·e bytes for elements of e bytes. At Sq = Sk = S, no mask and bf16: 0.44·S FLOPs per byte.
 
 delta is taken from out as it was stored. Where a softmax is all but one-hot, dP - delta cancels, and the rounding of a
 16-bit out shows in dq and dk.

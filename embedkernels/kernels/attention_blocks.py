@@ -142,6 +142,8 @@ def tile_keep_mask(seed, q0, k0, row, p, ROWS: tl.constexpr, COLUMNS: tl.constex
     ``row`` is batch · H + head. The mask is that of ``reference.attention.attention_keep_mask``: one Philox call
     serves the four pairs {q, q + 8} × {k, k + 8}. NVIDIA's tensor cores, up to sm_90, leave all four in one thread,
     in the tile and in its transpose alike, so that no word moves between threads and none is computed twice.
+    Compiled for sm_90, the forward at D = 64 is 1312 instructions without dropout, 2104 with this, 3288 with a call
+    per pair, and 2400 with a call per four keys, or per 2 x 2 neighbours, which go through shared memory.
     """
     r = tl.arange(0, ROWS // 2)[:, None]
     c = tl.arange(0, COLUMNS // 2)[None, :]
