@@ -168,14 +168,10 @@ def render(found: dict[str, Any], console: Console) -> None:
     section("Versions", ("what", "version"), versions)
     section("Devices", ("device", "name", ""), [_device_row(device) for device in found["devices"]])
     extension = found["extension"]
-    detail = extension["reason"]
-    if extension["usable"]:
-        built = f"CUDA for {', '.join(extension['architectures'])}" if extension["cuda"] else "CPU only"
-        detail = f"{built}; {detail}" if detail else built
     parts = [
         (name, "yes" if state["usable"] else "no", text)
         for name, state, text in (
-            ("extension", extension, detail),
+            ("extension", extension, extension["reason"]),
             ("triton", found["triton"], found["triton"]["reason"]),
             ("transformers", found["transformers"], found["transformers"]["reason"]),
         )

@@ -37,11 +37,12 @@ def draw(content: dict[str, Any], runs: Sequence[str], path: Path, title: str = 
     }
     with plt.rc_context(style):
         figure = plt.figure(figsize=(10.5, 4.6), dpi=150, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04)
         grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1))
         _losses(figure.add_subplot(grid[:, 0]), content, runs)
         bars = (("samples per second", "samples_per_second", 1.0, "{:.3g}"), _memory_bar(content, runs))
-        for row, (title, key, unit, text) in enumerate(bars):
-            _bars(figure.add_subplot(grid[row, 1]), title, {run: content[run][key] / unit for run in runs}, text)
+        for row, (name, key, unit, text) in enumerate(bars):
+            _bars(figure.add_subplot(grid[row, 1]), name, {run: content[run][key] / unit for run in runs}, text)
         figure.suptitle(_title(content, runs, title), x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.savefig(path)
         plt.close(figure)
@@ -57,7 +58,7 @@ def _title(content: dict[str, Any], runs: Sequence[str], title: str) -> str:
 def _memory_bar(content: dict[str, Any], runs: Sequence[str]) -> tuple[str, str, float, str]:
     largest = max(content[run]["peak_memory_bytes"] for run in runs)
     unit, name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
-    return f"peak memory, {name}", "peak_memory_bytes", unit, "{:.3g}"
+    return f"peak memory, {name}", "peak_memory_bytes", unit, "{:.2f}"
 
 
 def _losses(axes: Any, content: dict[str, Any], runs: Sequence[str]) -> None:
@@ -76,7 +77,7 @@ def _losses(axes: Any, content: dict[str, Any], runs: Sequence[str]) -> None:
             label=f"{run}: {_outcome(content[run])}",
         )
     axes.set_title("training loss", loc="left")
-    axes.set_xlabel("step")
+    axes.set_xlabel("step (heavy line: mean of neighbouring steps)")
     axes.set_xlim(left=0)
     axes.grid(axis="y", color="#e4e8ee", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -90,21 +91,19 @@ def _outcome(run: dict[str, Any]) -> str:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A moving average that looks the same distance back and ahead, shorter at the ends."""
+    """A moving average over the neighbours on both sides; at the ends over those there are."""
     reach = min(8, len(values) // 12)
-    means = []
-    for index in range(len(values)):
-        near = min(reach, index, len(values) - 1 - index)
-        window = values[index - near : index + near + 1]
-        means.append(math.fsum(window) / len(window))
-    return means
+    windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]
 
 
 def _bars(axes: Any, title: str, values: dict[str, float], text: str) -> None:
     names = list(reversed(values))
-    drawn = axes.barh(names, [values[name] for name in names], color=[COLORS[name] for name in names], height=0.6)
+    drawn = axes.barh(names, [values[name] for name in names], color=[COLORS[name] for name in names], height=0.5)
     axes.bar_label(drawn, [text.format(values[name]) for name in names], padding=4)
     axes.set_title(title, loc="left")
+    # A single bar is as thick as one of two.
+    axes.set_ylim(len(names) - 2.5, len(names) - 0.5)
     axes.set_xlim(0, max(values.values()) * 1.18)
     axes.tick_params(left=False, bottom=False, labelbottom=False)
     axes.spines["bottom"].set_visible(False)

@@ -94,9 +94,10 @@ def test_the_picture_has_both_curves(tmp_path: Path) -> None:
     plot.draw(content(), ("patched",), tmp_path / "b.png")
 
 
-def test_smoothing_keeps_a_straight_line_and_the_ends() -> None:
+def test_smoothing_is_a_mean_of_neighbours() -> None:
     line = [float(step) for step in range(50)]
-    assert plot.smooth(line) == pytest.approx(line)
+    assert plot.smooth(line)[4:-4] == pytest.approx(line[4:-4])
+    assert plot.smooth(line)[0] == 2.0
     assert plot.smooth([3.0]) == [3.0]
 
 
