@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -58,7 +59,8 @@ def _ninja_file(compiler: str, torch: Torch, cuda: Cuda | None, build_dir: Path)
     common = ["-std=c++20", "-O3", TARGET, *includes]
     relocated = f"-ffile-prefix-map={include}=torch"
     host = ["-fPIC", "-fvisibility=hidden", relocated]
-    cxxflags = [*common, *host, "-Wall", "-Wextra"]
+    # Nobody traps floating-point exceptions here, and compilers must know it to vectorise a conversion's selects.
+    cxxflags = [*common, *host, "-fno-trapping-math", "-Wall", "-Wextra"]
     if sys.platform == "darwin":
         ldflags = ["-undefined", "dynamic_lookup"]
     else:
@@ -127,9 +129,15 @@ def _run_ninja(ninja: str, build_dir: Path) -> None:
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
     print("building embedkernels' library:", shlex.join(command), flush=True)
-    done = subprocess.run(command)
-    if done.returncode != 0:
-        raise Missing("it did not compile (the compiler's messages are in the output of the installation)")
+    error = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if not error and re.search(r"\berror\b|fatal|not found", line, re.IGNORECASE):
+                error = f": {' '.join(line.split())}"
+    if process.returncode != 0:
+        raise Missing(f"it did not compile{error}")
 
 
 def _build(build_dir: Path, library: Path) -> Record:

@@ -69,7 +69,7 @@ def _problem(backend: Backend, device: torch.device) -> str | None:
         if problem is None and device.type != "cuda" and not interpreting():
             problem = f"triton does not compile for {device.type}"
         return problem
-    from embedkernels.ops.extension import extension_status
+    from embedkernels.ops.extension import device_problem, extension_status
 
     status = extension_status()
     if not status.loaded:
@@ -77,7 +77,7 @@ def _problem(backend: Backend, device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if device.type == "cuda" and status.cuda:
-        return None
+        return device_problem(torch.cuda.current_device() if device.index is None else device.index)
     return f"the extension has no {device.type} code: {status.reason}"
 
 

@@ -210,10 +210,10 @@ def test_a_build_that_cannot_be_leaves_a_reason_and_no_old_library(tools, monkey
 def test_a_compiler_that_fails(tools, monkeypatch, tmp_path, capfd):
     builder, toolchain = tools
     monkeypatch.setenv("EMBEDKERNELS_CUDA", "0")
-    monkeypatch.setenv("CXX", script(tmp_path / "broken", "echo 'my message' >&2; exit 1"))
+    monkeypatch.setenv("CXX", script(tmp_path / "broken", "echo 'x.cpp:3: error: my message' >&2; exit 1"))
     record = builder.build(tmp_path / "build", tmp_path / "package")
     assert not record.built
-    assert "it did not compile" in read_record(tmp_path / "package")["reason"]
+    assert read_record(tmp_path / "package")["reason"] == "it did not compile: x.cpp:3: error: my message"
     printed = capfd.readouterr()
     assert "my message" in printed.out
     assert "WITHOUT its C++ library" in printed.err
