@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import embedkernels as ek
 import embedkernels.ops.embedding_grad  # defines torch.ops.embedkernels.embedding_backward
+from embedkernels.ops.backend import Backend
 
 OPTIONAL = ("liger_kernel", "flag_gems")
 EPS = 1e-12  # of BERT's LayerNorm
@@ -132,7 +133,7 @@ def grad_rivals(tiny: bool) -> list[Rival]:
 
         return build
 
-    def ours(backend: str) -> Callable[..., Tensor]:
+    def ours(backend: Backend) -> Callable[..., Tensor]:
         def run(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
             plan = ek.embedding_plan(ids, count, padding_idx=None if padding < 0 else padding, backend=backend)
             return ek.embedding_grad(rows, plan, backend=backend)

@@ -46,6 +46,7 @@ def launches() -> dict[str, Callable[[Any], None]]:
     import torch.nn.functional as F
 
     import embedkernels as ek
+    from embedkernels.ops.backend import Backend
 
     def close(actual: Any, expected: Any, what: str) -> None:
         actual = actual.detach().cpu().double()
@@ -108,7 +109,7 @@ def launches() -> dict[str, Callable[[Any], None]]:
             raised = str(error)
         assert "out of range" in raised, f"no IndexError for ids out of range: {raised!r}"
 
-    def table_grad(count: int, width: int, dtype: torch.dtype, hot: bool, backend: str) -> Callable[[Any], None]:
+    def table_grad(count: int, width: int, dtype: torch.dtype, hot: bool, backend: Backend) -> Callable[[Any], None]:
         def launch(device: Any) -> None:
             ids = torch.randint(0, 97, (count,), dtype=torch.int32 if count % 2 else torch.int64)
             if hot:
@@ -134,7 +135,9 @@ def launches() -> dict[str, Callable[[Any], None]]:
             sizes = torch.linspace(1, length, batch).int() if lengths else None
             leaves = [t.to(device).requires_grad_() for t in (query, key, value)]
             out = ek.attention(
-                *leaves,
+                leaves[0],
+                leaves[1],
+                leaves[2],
                 dropout_p=dropout,
                 is_causal=causal,
                 enable_gqa=heads != kv_heads,
@@ -149,7 +152,9 @@ def launches() -> dict[str, Callable[[Any], None]]:
                     visible = visible.tril()
                 if sizes is not None:
                     visible = visible & (torch.arange(length) < sizes[:, None, None, None])
-                expected = F.scaled_dot_product_attention(*wide, attn_mask=visible, enable_gqa=heads != kv_heads)
+                expected = F.scaled_dot_product_attention(
+                    wide[0], wide[1], wide[2], attn_mask=visible, enable_gqa=heads != kv_heads
+                )
                 wanted = torch.autograd.grad(expected, wide, upstream.double())
                 suffix = "bf16" if dtype == torch.bfloat16 else "fp32"
                 close(out, expected.detach(), f"attention {suffix}")

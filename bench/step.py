@@ -88,7 +88,7 @@ class StepRunner:
             model.compile(dynamic=False, backend="aot_eager" if self.tiny else "inductor")
             return model
 
-        found = {STOCK: lambda model: model, "ours": patched}
+        found: dict[str, Callable[[nn.Module], nn.Module]] = {STOCK: lambda model: model, "ours": patched}
         if case.compiled:
             found[COMPILED] = compiled
         return found

@@ -9,6 +9,7 @@ A result that is wrong is marked and not timed. What there was no time for is li
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
 import time
@@ -85,7 +86,8 @@ def embed_inputs(case: cases.EmbedCase, device: torch.device) -> SimpleNamespace
 def embed_expected(x: SimpleNamespace) -> dict[str, Tensor]:
     names = ("word", "kind", "position", "gain", "bias")
     wide = {name: _leaf(getattr(x, name).double()) for name in names}
-    out = rivals.bert_stem(x.ids, x.types, *wide.values(), 0.0)
+    word, kind, position, gain, bias = wide.values()
+    out = rivals.bert_stem(x.ids, x.types, word, kind, position, gain, bias, 0.0)
     return rivals.differentiable(lambda: out, wide, x.upstream.double()).training()
 
 
@@ -159,7 +161,8 @@ def attention_expected(x: SimpleNamespace) -> dict[str, Tensor]:
             scores = scores.masked_fill(~visible, float("-inf"))
         out = F.softmax(scores, dim=-1) @ value
         upstream = x.upstream[b].double()
-        for name, t in rivals.differentiable(lambda out=out: out, wide, upstream).training().items():
+        one = rivals.differentiable(functools.partial(torch.clone, out), wide, upstream)
+        for name, t in one.training().items():
             found.setdefault(name, []).append(t)
     return {name: torch.stack(parts) for name, parts in found.items()}
 
