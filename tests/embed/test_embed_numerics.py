@@ -32,7 +32,7 @@ def test_rows_wider_than_a_tile_meet_the_contract(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("width", [65, 96, 128, 200])
+@pytest.mark.parametrize("width", [65, 128])
 def test_rows_of_several_small_tiles_meet_the_contract(
     width: int, norm: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +44,7 @@ def test_rows_of_several_small_tiles_meet_the_contract(
     kernels.tile.cache_clear()
     try:
         assert kernels.tile(width, 4, True, True).chunks == -(-width // 32)
-        assert_contract(make((5, 4), width, device=device, norm=norm, dropout_p=0.25))
+        assert_contract(make((2, 3), width, device=device, norm=norm, dropout_p=0.25))
     finally:
         kernels.tile.cache_clear()
 
