@@ -140,16 +140,23 @@ def attention_backend(query: Tensor, key: Tensor, value: Tensor, backend: Backen
     Raises:
         RuntimeError: ``backend="triton"`` for a call that it cannot serve.
     """
-    choice = choose("attention", query.device, backend)
-    if choice.backend == "torch":
-        return choice
+    name, reason = _chosen(query.device, backend)
+    if name == "torch":
+        return Choice("torch", reason)
     problem = _unsupported(query, key, value)
     if problem is None:
-        return choice
-    if choice.reason == "asked for":
+        return Choice("triton", reason)
+    if reason == "asked for":
         raise RuntimeError(f"attention: backend 'triton' cannot run this call: {problem}")
     _warn_once(problem)
     return Choice("torch", problem)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, backend: Backend | None) -> tuple[str, str]:
+    """What the device gets, and why: a constant of a compiled graph, as what is installed is."""
+    choice = choose("attention", device, backend)
+    return choice.backend, choice.reason
 
 
 def _unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
