@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 # What csrc/library.cpp must say: schemas and meaning of the ops that this version of the package calls.
 INTERFACE = 1
 _PACKAGE = Path(__file__).resolve().parent.parent
+_LOCK = threading.Lock()
 _REBUILD = "rebuild it with: python setup.py build_ext --inplace, or reinstall embedkernels"
 
 
@@ -89,7 +91,7 @@ def _inspect(path: Path, package: Path) -> ExtensionStatus:
 
 
 def load(package: Path) -> ExtensionStatus:
-    """Load the library in ``package``; on failure warn and say why. :func:`extension_status` caches it.
+    """Load the library in ``package``; on failure warn and say why. What :func:`extension_status` calls, once.
 
     Args:
         package: the folder that holds ``_extension.so`` and the build's ``_extension.json``.
@@ -106,17 +108,23 @@ def load(package: Path) -> ExtensionStatus:
         text = " ".join(str(error).split())
         status = _refused(path, f"{path.name} cannot be loaded ({text}): {_REBUILD}")
     if not status.loaded:
-        warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=2)
     return status
 
 
 @functools.cache
+def _status() -> ExtensionStatus:
+    return load(_PACKAGE)
+
+
 def extension_status() -> ExtensionStatus:
     """Whether the C++/CUDA library is loaded, what it holds, and why. Loads it on the first call.
 
     A library that is there but cannot be used is reported by one RuntimeWarning.
     """
-    return load(_PACKAGE)
+    # Autograd may make the first call from several threads; the ops must be registered once.
+    with _LOCK:
+        return _status()
 
 
 @functools.cache

@@ -291,7 +291,7 @@ def test_pure_python_wheel(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_cpu_wheel_serves_every_python(source, tmp_path):
+def test_cpu_wheel_serves_every_python(tools, source, tmp_path):
     name, installed = build_wheel(
         source, tmp_path / "wheel", EMBEDKERNELS_CUDA="0", EMBEDKERNELS_REQUIRE_EXTENSION="1"
     )
@@ -308,9 +308,12 @@ def test_cpu_wheel_serves_every_python(source, tmp_path):
 
     # Built again after one file has changed: only that file is compiled.
     (source / "csrc/cpu/plan.cpp").touch()
-    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    _, toolchain = tools
     done = subprocess.run(
-        [ninja, "-n", "-C", str(source / "build/extension")], capture_output=True, text=True, check=True
+        [toolchain.find_ninja(), "-n", "-C", str(source / "build/extension")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "cpu/plan.cpp" in done.stdout
     assert "[2/2] link _extension.so" in done.stdout

@@ -3,6 +3,7 @@
 import functools
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_gradient_rows_are_loaded_16_bytes_at_a_time(status):
         vectors = re.search(r"grad_reduce_kernelI\w+Li(\d)E", name)[1] != "1"
         # Eight rows in flight per thread.
         assert sum(load.startswith("LDG") and load.endswith(".128") for load in found) == (8 if vectors else 0), name
+
+
+def test_the_cuda_symbol_is_looked_for_where_it_is(status):
+    """libtorch.so leads to libtorch_cuda.so where there is one; libtorch_cpu.so alone would leave the symbol open."""
+    if sys.platform != "linux":
+        pytest.skip("ELF only")
+    assert b"\0libtorch.so\0" in Path(status.path).read_bytes()
 
 
 def test_the_architectures_that_are_shipped(monkeypatch):

@@ -72,7 +72,7 @@ def check_grad(ids, rows, width, dtype, vectors, padding=PADDING, order=shim.SHU
     return out
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 300])
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 300])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_grad(distribution, n):
     ids = make_ids(distribution, n, 37, seed=n)
