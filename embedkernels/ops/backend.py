@@ -8,8 +8,6 @@ the patch report say exactly what a call will do.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,14 +43,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
+# Remembered in a plain global: torch.compile traces this file, and neither functools.cache nor importlib's finders
+# can be traced by every version of it.
+_triton: tuple[str | None] | None = None
+
+
 def triton_problem() -> str | None:
     """Why Triton cannot be used here, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    global _triton
+    if _triton is None:
+        _triton = (_look_for_triton(),)
+    return _triton[0]
+
+
+def _look_for_triton() -> str | None:
     try:
         import triton
     except Exception as error:  # a broken installation must not take the plain path down with it
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed"
         return f"triton does not import ({type(error).__name__}: {error})"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 6):
