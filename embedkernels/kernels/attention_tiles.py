@@ -83,7 +83,7 @@ _TABLE = {
 # Where dropout's bits are what the registers run out of, larger tiles without it.
 _WITHOUT_DROPOUT = {
     ("sm_80", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    ("sm_100", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_100", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 2), Tile(128, 128, 8, 2)),
     ("sm_100", 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
     ("gfx942", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 2)),
 }
