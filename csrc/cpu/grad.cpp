@@ -24,7 +24,7 @@ namespace embedkernels::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;            // rows summed one after the other
-constexpr int64_t kGrainBytes = 64 << 10;  // memory traffic per task
+constexpr int64_t kGrainBytes = 256 << 10;  // memory traffic per task: some 30 us
 
 struct Plan {
   const int32_t *order, *segment_ids, *offsets;
@@ -151,7 +151,7 @@ void dense_grad(const T* rows, const Plan& plan, int64_t width, T* out) {
     std::unique_ptr<Acc[]> wide;
     if constexpr (!std::is_same_v<T, Acc>) wide = std::make_unique_for_overwrite<Acc[]>(width);
     const auto write_zeros = [&](int64_t end) {
-      std::memset(static_cast<void*>(out + row * width), 0, (end - row) * width * sizeof(T));
+      store_zeros(out + row * width, (end - row) * width * int64_t(sizeof(T)));
     };
     for (; segment < segment_end; ++segment) {
       write_zeros(plan.segment_ids[segment]);
@@ -174,13 +174,15 @@ void dense_grad(const T* rows, const Plan& plan, int64_t width, T* out) {
   });
 }
 
-// The whole output is about to be written, so huge pages cost no memory and save most of the page faults.
+// The whole output is about to be written, so huge pages cost no memory and save most of the page faults. Only for its
+// first 256 MiB: a virtual machine may have to fetch huge pages from its host again, which takes longer than they save.
 void prefer_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < (int64_t{8} << 20)) return;
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes)) / page * page;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + page - 1) / page * page;
+  const uintptr_t last = (address + uintptr_t(std::min(bytes, int64_t{256} << 20))) / page * page;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failure changes nothing
 #endif
 }

@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include <cstring>
+
 // One copy of each loop for AVX2 machines and one for all others, chosen when the library is loaded. The additions of
 // one element are never reordered or fused, so both give the same bits.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -57,6 +59,16 @@ EK_CLONES void sum_rows(const bf16* rows, const int32_t* order, int64_t count, i
 }
 EK_CLONES void sum_rows(const f16* rows, const int32_t* order, int64_t count, int64_t width, float* total) {
   sum_rows_of(rows, order, count, width, total);
+}
+EK_CLONES void store_zeros(void* out, int64_t bytes) {
+  using Line [[gnu::vector_size(64), gnu::aligned(1), gnu::may_alias]] = char;
+  char* to = static_cast<char*>(out);
+  for (; bytes >= int64_t(sizeof(Line)); bytes -= sizeof(Line), to += sizeof(Line)) {
+    *reinterpret_cast<Line*>(to) = Line{};
+    // Otherwise the compiler makes one large memset of the loop.
+    asm volatile("" : : "r"(to) : "memory");
+  }
+  std::memset(to, 0, bytes);
 }
 EK_CLONES void store_row(const float* total, int64_t width, bf16* out) { store_row_of(total, width, out); }
 EK_CLONES void store_row(const float* total, int64_t width, f16* out) { store_row_of(total, width, out); }

@@ -17,4 +17,8 @@ void sum_rows(const f16* rows, const int32_t* order, int64_t count, int64_t widt
 void store_row(const float* total, int64_t width, bf16* out);
 void store_row(const float* total, int64_t width, f16* out);
 
+// Zeros. Plain stores, because the pages are mostly fresh: the system has just cleared them and they are in the cache,
+// which memset's non-temporal stores would go around.
+void store_zeros(void* out, int64_t bytes);
+
 }  // namespace embedkernels::cpu

@@ -172,6 +172,7 @@ extern "C" const char* shim_far(int64_t n, int64_t kept, int64_t num_rows, int64
   const shim::Guarded rows(n * width * sizeof(float), false), table(num_rows * width * sizeof(float), false),
       partials(2 * shape.tiles * width * sizeof(float), false);
   std::fill_n(rows.as<float>() + (n - kept) * width, kept * width, 1.0f);
+  std::memset(table.as<float>() + (num_rows - 3) * width, 0xff, 3 * width * sizeof(float));
   const Output<Tail> tails(shape.tiles, false);
   Launcher launcher(0, 0);
   const int64_t last = shape.reduce_blocks + shape.zero_blocks - 1;
