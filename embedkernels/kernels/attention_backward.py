@@ -3,7 +3,7 @@
 With P the probabilities, dP = dropout(grad · vᵀ) and delta = rowsum(grad · out): dv = dropout(P)ᵀ grad,
 dS = P · (dP - delta), dq = scale · dS k, dk = scale · dSᵀ q (Dao, FlashAttention-2, 2023). Three launches:
 
-- ``attention_bwd_preprocess_kernel``, one program per 128 queries: (lse, delta) pairs, padded to whole blocks.
+- ``attention_bwd_preprocess_kernel``, one program per 32 queries: (lse, delta) pairs, padded to whole blocks.
 - ``attention_bwd_dkdv_kernel``, one program per (BLOCK_N keys, key head, batch row): walks the query blocks of every
   query head of its group, in order. It computes Sᵀ = k qᵀ, so that Pᵀ and dSᵀ enter the next product as they are:
   the transpose of a product is never an operand.
@@ -45,6 +45,8 @@ from embedkernels.kernels.attention_forward import LOG2_E, heaviest, keep_scale
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
 from embedkernels.kernels.specs import CompileSpec
 
+PREPROCESS_BLOCK_M = 32  # divides ROW_PADDING
+
 
 @triton.jit(do_not_specialize=["Sq"])
 def attention_bwd_preprocess_kernel(
@@ -52,10 +54,10 @@ def attention_bwd_preprocess_kernel(
     out_stride_b, out_stride_h, out_stride_s,
     grad_stride_b, grad_stride_h, grad_stride_s,
     H, Sq, keep_probability,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: tl.constexpr = ROW_PADDING
-    block, b, h = split_program(tl.cdiv(Sq, BLOCK_M), H)
+    padded = tl.cdiv(Sq, ROW_PADDING) * ROW_PADDING
+    block, b, h = split_program(padded // BLOCK_M, H)
     m0 = block * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
     ok = with_columns(m < Sq, D, BLOCK_D)
@@ -66,7 +68,7 @@ def attention_bwd_preprocess_kernel(
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1) * keep_probability
     row = (b * H + h).to(tl.int64)
     lse = tl.load(lse_ptr + row * Sq + m, mask=m < Sq, other=float("inf"))
-    pairs = rows_ptr + (row * tl.cdiv(Sq, BLOCK_M) + block) * (BLOCK_M * 2) + tl.arange(0, BLOCK_M) * 2
+    pairs = rows_ptr + (row * padded + m) * 2
     tl.store(pairs, lse)
     tl.store(pairs + 1, delta)
 
@@ -287,9 +289,9 @@ def backward(
         (batch, heads, triton.cdiv(num_queries, padding) * padding, 2), dtype=torch.float32, device=query.device
     )
     if rows.numel():
-        attention_bwd_preprocess_kernel[(rows.numel() // (2 * padding),)](
+        attention_bwd_preprocess_kernel[(rows.numel() // (2 * PREPROCESS_BLOCK_M),)](
             out, grad, lse, rows, *out.stride()[:3], *grad.stride()[:3], heads, num_queries, 1 - dropout_p,
-            head_size, width, num_warps=8,
+            head_size, width, PREPROCESS_BLOCK_M, num_warps=4,
         )  # fmt: skip
     masks = (
         # Pointers that a variant does not use still need a value.
@@ -325,7 +327,7 @@ def compile_specs() -> list[CompileSpec]:
     kernel = attention_bwd_preprocess_kernel
     for dtype in ("bf16", "fp32"):
         for width in (16, 32, 64, 128):
-            constexprs = {"D": width, "BLOCK_D": width}
+            constexprs = {"D": width, "BLOCK_D": width, "BLOCK_M": PREPROCESS_BLOCK_M}
             signature = {
                 name: ("*fp32" if name in ("lse_ptr", "rows_ptr") else "*" + dtype)
                 if name.endswith("_ptr")
@@ -335,5 +337,5 @@ def compile_specs() -> list[CompileSpec]:
             }
             aligned = frozenset(name for name in signature if name.endswith("_ptr") or "_stride_" in name)
             name = f"{kernel.__name__}[d{width},{dtype}]"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, 8, 3, aligned))
+            specs.append(CompileSpec(name, kernel, signature, constexprs, 4, 3, aligned))
     return specs

@@ -2,9 +2,9 @@
 
 Each entry was chosen by compiling candidates for the family's target with every feature on (causal order, key mask,
 bounds, grouped heads, dropout where the entry is for dropout) and taking the largest without a spill that fits shared
-memory. None was chosen by timing. Lighter variants of some
-sm_80 and sm_100 entries keep 8 to 32 bytes in local memory, because ptxas then settles on fewer registers. fp32 has small tiles because its products run without the matrix unit: tf32 would
-not keep the contract.
+memory. None was chosen by timing. Lighter variants of some sm_80 and sm_100 entries keep 8 to 32 bytes in local
+memory: for them ptxas settles on fewer registers. fp32 has small tiles because its products run without the matrix
+unit: tf32 would not keep the contract.
 """
 
 from __future__ import annotations
