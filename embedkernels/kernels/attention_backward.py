@@ -291,7 +291,7 @@ def backward(
     if rows.numel():
         attention_bwd_preprocess_kernel[(rows.numel() // (2 * PREPROCESS_BLOCK_M),)](
             out, grad, lse, rows, *out.stride()[:3], *grad.stride()[:3], heads, num_queries, 1 - dropout_p,
-            head_size, width, PREPROCESS_BLOCK_M, num_warps=4,
+            head_size, width, PREPROCESS_BLOCK_M, num_warps=_preprocess_warps(width),
         )  # fmt: skip
     masks = (
         # Pointers that a variant does not use still need a value.
@@ -321,6 +321,10 @@ def backward(
         )  # fmt: skip
 
 
+def _preprocess_warps(width: int) -> int:
+    return 8 if width > 64 else 4
+
+
 def compile_specs() -> list[CompileSpec]:
     """Every tile with causal order, bounds, a key mask, dropout and grouped heads; the preprocessing by width."""
     specs = [*heaviest(attention_bwd_dkdv_kernel, "dkdv"), *heaviest(attention_bwd_dq_kernel, "dq")]
@@ -337,5 +341,5 @@ def compile_specs() -> list[CompileSpec]:
             }
             aligned = frozenset(name for name in signature if name.endswith("_ptr") or "_stride_" in name)
             name = f"{kernel.__name__}[d{width},{dtype}]"
-            specs.append(CompileSpec(name, kernel, signature, constexprs, 4, 3, aligned))
+            specs.append(CompileSpec(name, kernel, signature, constexprs, _preprocess_warps(width), 3, aligned))
     return specs
