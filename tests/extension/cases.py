@@ -82,11 +82,11 @@ def check_plan(made: Plan, ids: Tensor, num_rows: int, padding_idx: int = -1, vo
 def grad_reference(
     grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0
 ) -> Tensor:
-    """The dense gradient in float64."""
-    keep = kept(ids, num_rows, padding_idx, vocab_start)
-    rows = (ids.reshape(-1).cpu().long() - vocab_start)[keep]
-    out = torch.zeros(num_rows, grad_rows.shape[1], dtype=torch.float64)
-    return out.index_add_(0, rows, grad_rows.cpu()[keep].double())
+    """The dense gradient in float64, on the device of ``grad_rows``."""
+    keep = kept(ids, num_rows, padding_idx, vocab_start).to(grad_rows.device)
+    rows = (ids.reshape(-1).long() - vocab_start)[keep]
+    out = torch.zeros(num_rows, grad_rows.shape[1], dtype=torch.float64, device=grad_rows.device)
+    return out.index_add_(0, rows, grad_rows[keep].double())
 
 
 def grad_pytorch(
