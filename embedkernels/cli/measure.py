@@ -1,4 +1,4 @@
-"""How fast and how large a training run was: times and losses of its steps, and its peak memory.
+"""What is measured during training: times and losses of the steps, and the peak memory.
 
 Nothing here waits for the device during training: on a GPU a step's end is an event in the stream, and losses stay
 there until the end.
@@ -6,7 +6,6 @@ there until the end.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The first steps pay for lazy initialisation and compilation: so many, or this share if that is less, are left out.
-WARM_UP_STEPS = 5
-WARM_UP_SHARE = 0.2
 # Showing the loss of a running step waits for it, so it is not done more often than this.
 SECONDS_BETWEEN_REPORTS = 0.25
 
@@ -79,23 +75,6 @@ class StepMeter:
         if self.device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
-
-
-def throughput(seconds: list[float], samples: list[int]) -> dict[str, Any]:
-    """Samples per second of a run.
-
-    Returns:
-        ``samples_per_second``: the median over the steps of a step's samples by its time, which a few slow steps do
-        not move. ``samples_per_second_mean``: all samples by all time. Both without the first steps;
-        ``throughput_basis`` says how many.
-    """
-    skipped = min(WARM_UP_STEPS, int(len(seconds) * WARM_UP_SHARE))
-    kept = list(zip(samples[skipped:], seconds[skipped:], strict=True))
-    return {
-        "samples_per_second": statistics.median(count / second for count, second in kept),
-        "samples_per_second_mean": sum(count for count, _ in kept) / sum(second for _, second in kept),
-        "throughput_basis": f"median over {len(kept)} training steps (without the first {skipped}); no evaluation",
-    }
 
 
 class PeakMemory:

@@ -104,13 +104,22 @@ def figures(content: dict[str, Any], runs: Sequence[str], console: Console) -> N
         line = sparkline(curve, low, high, BLOCKS if _can_draw(console) else ASCII)
         first, last = content[run]["loss"][0], content[run]["loss"][-1]
         console.print(f"  loss {run:<{width}}  {first:.3f} {line} {last:.3f}", highlight=False)
-    print_basis(content[runs[0]], console)
+    _print_basis(content, runs, console)
 
 
-def print_basis(run: dict[str, Any], console: Console) -> None:
-    """What the figures are."""
-    console.print(f"  [dim]samples per second: {run['throughput_basis']}[/dim]", highlight=False)
-    console.print(f"  [dim]peak memory: {run['peak_memory_basis']}[/dim]", highlight=False)
+def _print_basis(content: dict[str, Any], runs: Sequence[str], console: Console) -> None:
+    """What the figures are, and whether a difference in speed is more than noise."""
+    first, last = content[runs[0]], content[runs[-1]]
+    faster = last.get("speedup_over_stock")
+    if faster is not None:
+        verdict = " (no clear difference)" if faster["low"] <= 1 <= faster["high"] else ""
+        console.print(
+            f"  step by step, patched is {faster['median']:.2f}x as fast as stock, "
+            f"{faster['low']:.2f}x to {faster['high']:.2f}x in the middle half of the steps{verdict}",
+            highlight=False,
+        )
+    console.print(f"  [dim]samples per second: {first['throughput_basis']}[/dim]", highlight=False)
+    console.print(f"  [dim]peak memory: {first['peak_memory_basis']}[/dim]", highlight=False)
 
 
 def _can_draw(console: Console) -> bool:

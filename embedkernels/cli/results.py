@@ -13,6 +13,7 @@ from typing import Any
 from embedkernels.cli import launch
 from embedkernels.cli.errors import CliError, UsageError
 from embedkernels.cli.settings import Settings
+from embedkernels.cli.speed import speedup
 
 METRICS = "metrics.json"
 PLOT = "metrics.png"
@@ -109,6 +110,9 @@ def produce(
         found[run] = result["metrics"]
         report = result["report"] or report
         environment = result["environment"]
+    if "stock" in found and "patched" in found:
+        seconds = (found[run]["step_seconds"] for run in ("stock", "patched"))
+        found["patched"]["speedup_over_stock"] = speedup(*seconds)
     content = {**found, "report": report, "environment": environment}
     write(output / METRICS, content)
     return content

@@ -15,8 +15,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from embedkernels.cli import encoding, environment, metrics, models
 from embedkernels.cli.errors import CliError, UsageError
 from embedkernels.cli.examples import Data
-from embedkernels.cli.measure import PeakMemory, StepMeter, throughput
+from embedkernels.cli.measure import PeakMemory, StepMeter
 from embedkernels.cli.settings import Settings
+from embedkernels.cli.speed import throughput
 
 Emit = Callable[[dict[str, Any]], None]
 

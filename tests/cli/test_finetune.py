@@ -181,6 +181,8 @@ def test_compare_in_processes_of_their_own(bert: Path, rows: Path, tmp_path: Pat
     assert content["stock"]["accuracy_before"] == content["patched"]["accuracy_before"], "same new head, same rows"
     # Same rows in the same order, same dropout masks: on a CPU the first loss is the same number.
     assert content["stock"]["loss"][0] == pytest.approx(content["patched"]["loss"][0], rel=1e-5)
+    faster = content["patched"]["speedup_over_stock"]
+    assert 0 < faster["low"] <= faster["median"] <= faster["high"]
     assert content["report"]["active"]
     assert {entry["part"] for entry in content["report"]["entries"]} == {"embeddings", "attention"}
     environment = content["environment"]

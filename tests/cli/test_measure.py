@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from embedkernels.cli.measure import PeakMemory, StepMeter, throughput
+from embedkernels.cli.measure import PeakMemory, StepMeter
+from embedkernels.cli.speed import speedup, throughput
 
 
 def test_throughput_is_the_median_step_without_the_first_ones() -> None:
@@ -26,6 +27,14 @@ def test_throughput_of_a_single_step() -> None:
 
 def test_throughput_leaves_out_at_most_five_steps() -> None:
     assert "over 95 training steps (without the first 5)" in throughput([1.0] * 100, [8] * 100)["throughput_basis"]
+
+
+def test_a_speedup_compares_each_step_with_its_like() -> None:
+    stock = [9.0, *[1.0, 5.0] * 10]
+    figures = speedup(stock, [second / 2 for second in stock[:-1]] + [50.0])
+    assert figures == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert speedup([1.0] * 4, [1.0, 0.5, 1.0, 2.0]) == {"median": 1.0, "low": 0.875, "high": 1.25}
+    assert speedup([3.0], [2.0]) == {"median": 1.5, "low": 1.5, "high": 1.5}
 
 
 def test_a_step_is_all_its_batches_and_lasts_until_the_next_ends(device: torch.device) -> None:

@@ -76,6 +76,16 @@ def test_the_table_compares_the_runs() -> None:
     assert "embed on cpu: torch (no Triton on cpu)" in stream.getvalue()
 
 
+@pytest.mark.parametrize(("low", "high", "clear"), [(1.1, 1.3, True), (0.9, 1.2, False), (0.7, 0.9, True)])
+def test_a_difference_in_speed_is_clear_or_not(low: float, high: float, clear: bool) -> None:
+    figures = content()
+    figures["patched"]["speedup_over_stock"] = {"median": (low + high) / 2, "low": low, "high": high}
+    stream = io.StringIO()
+    render.figures(figures, ("stock", "patched"), Console(file=stream, width=120))
+    assert f"{low:.2f}x to {high:.2f}x in the middle half of the steps" in stream.getvalue()
+    assert ("no clear difference" in stream.getvalue()) == (not clear)
+
+
 def test_curves_are_ascii_where_blocks_cannot_be_written() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     render.figures(content(), ("stock",), Console(file=stream, width=120, legacy_windows=False, safe_box=True))

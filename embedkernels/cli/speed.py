@@ -1,0 +1,50 @@
+"""How fast a training run was, from the times of its steps, and how much faster than another."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+# The first steps pay for lazy initialisation and compilation: so many, or this share if that is less, are left out.
+WARM_UP_STEPS = 5
+WARM_UP_SHARE = 0.2
+
+
+def warm_up(steps: int) -> int:
+    """How many of the first steps do not count."""
+    return min(WARM_UP_STEPS, int(steps * WARM_UP_SHARE))
+
+
+def throughput(seconds: list[float], samples: list[int]) -> dict[str, Any]:
+    """Samples per second of a run.
+
+    Returns:
+        ``samples_per_second``: the median over the steps of a step's samples by its time, which a few slow steps do
+        not move. ``samples_per_second_mean``: all samples by all time. Both without the first steps;
+        ``throughput_basis`` says how many.
+    """
+    skipped = warm_up(len(seconds))
+    kept = list(zip(samples[skipped:], seconds[skipped:], strict=True))
+    return {
+        "samples_per_second": statistics.median(count / second for count, second in kept),
+        "samples_per_second_mean": sum(count for count, _ in kept) / sum(second for _, second in kept),
+        "throughput_basis": f"median over {len(kept)} training steps (without the first {skipped}); no evaluation",
+    }
+
+
+def speedup(before: list[float], after: list[float]) -> dict[str, float]:
+    """How much faster the steps of one run are than the same steps of another.
+
+    Two runs with the same data have the same batch at the same step, so each step is compared with its like: batches
+    of short and of long texts do not blur the comparison. What is left is the noise of the machine.
+
+    Args:
+        before, after: seconds of the steps of the two runs.
+
+    Returns:
+        ``median`` of the steps' ratios, and the quartiles ``low`` and ``high``: between them lies the middle half.
+    """
+    skipped = warm_up(len(before))
+    ratios = [a / b for a, b in zip(before[skipped:], after[skipped:], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": median, "low": low, "high": high}
