@@ -126,6 +126,7 @@ SPECS = [
     spec("large", BLOCK=64),
     spec("fp32", dtype="*fp32", BLOCK=32),
     spec("only half", dtype="*fp16", BLOCK=128),
+    *(spec(f"double {block}", dtype="*fp64", BLOCK=block) for block in (16, 32, 64)),
     spec("another kernel", kernel="other", BLOCK=16),
     spec("tuned", targets=("sm_80", "sm_86"), BLOCK=32),
     spec("tuned half", dtype="*fp16", targets=("sm_80", "sm_86"), BLOCK=32),
@@ -137,8 +138,8 @@ SPECS = [
     [
         ("sm_80", False, set()),
         ("sm_90", False, {"tuned", "tuned half"}),
-        ("sm_90", True, {"tuned", "tuned half", "half small"}),
-        ("sm_80", True, {"tuned half", "half small", "middle"}),
+        ("sm_90", True, {"tuned", "tuned half", "half small", "double 32"}),
+        ("sm_80", True, {"tuned half", "half small", "middle", "double 32"}),
     ],
 )
 def test_what_is_left_out_has_something_standing_for_it(

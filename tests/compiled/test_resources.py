@@ -1,8 +1,8 @@
 """Every shipped kernel compiles for every target, without spills and within its bounds.
 
 Compiled without a GPU, each target once per session whatever the number of test processes. On sm_90 every tile
-configuration is compiled; on the others every one that is the target's own, and the extremes of those that are the
-same everywhere (``bench.resources.select``): all of them, on all targets, are ``python -m bench.resources``.
+configuration is compiled (of fp64 the extremes); on the others every one that is the target's own, and the extremes
+of those that are the same everywhere (``bench.resources.select``). ``python -m bench.resources`` compiles them all.
 
 ``BOUNDS`` says what each family of kernels promises and why; the first row that matches a spec and a target holds.
 The tiles are chosen with one Triton, whose register allocation the bounds describe; what another one makes of them
@@ -72,6 +72,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("embedding_grad_*fp64*", "sm_*", 168, 0.18, False, False, "twice fp32: for gradient checks"),
     Bound("embedding_grad_*", "sm_*", 96, THIRD, False, False, "bound by memory"),
     Bound("attention_bounds_kernel*", "sm_*", 64, HALF, False, False, "reads a mask once"),
+    Bound("attention_bwd_preprocess_kernel[d128,*", "sm_100", 144, 0.12, False, False, "32 loads in flight a thread"),
     Bound("attention_bwd_preprocess_kernel*", "sm_*", 64, HALF, False, False, "writes a number a row"),
     Bound("attention_*fp32*", "sm_*", 255, 0.12, True, False, "fp32 products run on the ordinary units"),
     Bound("attention_*", "sm_90", 255, 0.12, True, True, "accumulators stay in registers"),
