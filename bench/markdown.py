@@ -139,7 +139,7 @@ def _resources(data: dict[str, Any]) -> list[str]:
     spilling = [f"{r['spec']} ({r['target']}): {r['local']} B" for r in results if r["local"]]
     return [
         f"{len(results)} compilations with Triton {data['triton']} in {data['seconds']:.0f} s; "
-        f"{len(broken)} failed, {len(spilling)} use local memory.",
+        f"{len(broken)} failed, {len(spilling)} use local memory, {data['out_of_time']} not reached.",
         *(f"- {text}" for text in (*broken, *spilling)),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ def _build(machine: Machine, seconds: float, out: Path) -> list[str]:  # noqa: A
     return _module("build", out, *(["--capability", machine.capability] if machine.capability else []))
 
 
-def _resources(machine: Machine, seconds: float, out: Path) -> list[str]:  # noqa: ARG001
-    return _module("resources", out, *(["--targets", f"sm_{machine.capability}"] if machine.capability else []))
+def _resources(machine: Machine, seconds: float, out: Path) -> list[str]:
+    targets = ["--targets", f"sm_{machine.capability}"] if machine.capability else []
+    jobs = str(max(2, (os.cpu_count() or 1) // 2))
+    return _module("resources", out, *targets, "--thin", "--jobs", jobs, "--seconds", f"{seconds - 3 * MARGIN:.0f}")
 
 
 def _tests(machine: Machine, seconds: float, out: Path) -> list[str]:  # noqa: ARG001
@@ -85,12 +88,12 @@ def _suite(name: str) -> Callable[[Machine, float, Path], list[str]]:
 
 PARTS: tuple[Part, ...] = (
     Part("build", 85, _build),
-    Part("resources", 0, _resources, without_gpu_only=True),
     Part("sanitizer", 75, _sanitizer, needs_gpu=True),
     Part("embed", 50, _suite("embed")),
     Part("embedding_grad", 45, _suite("embedding_grad")),
     Part("attention", 50, _suite("attention")),
     Part("step", 75, _suite("step")),
+    Part("resources", 0, _resources, without_gpu_only=True),
     # Last: it takes whatever the others have left, and its record is useful however far it got.
     Part("tests", 146, _tests, needs_gpu=True),
 )

@@ -27,14 +27,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 PACKAGE = "embedkernels.kernels"
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # what must always compile; sm_86, sm_89 and sm_120 on request
+TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")  # what must always compile; sm_86, sm_89 and sm_120 on request
 
 # Shared memory that one block may use, in bytes; on AMD the local data share of a workgroup.
 # Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA, section 1.
@@ -317,15 +317,26 @@ def _enter_worker(cache: str) -> None:
 
 
 def measure(
-    modules: Iterable[str], targets: Iterable[str], jobs: int = 2, thin: bool = False, mix: bool = True
-) -> list[Resources]:
+    modules: Iterable[str],
+    targets: Iterable[str],
+    jobs: int = 2,
+    thin: bool = False,
+    mix: bool = True,
+    seconds: float | None = None,
+) -> tuple[list[Resources], int]:
     """Compile the specs of ``modules`` for every target (see :func:`select`), in ``jobs`` processes.
 
     A compiler that crashes takes its process along; what was left is then compiled one process at a time, so that
     the crash is charged to the spec that caused it.
+
+    Args:
+        seconds: after which no compilation is started; None for no limit.
+
+    Returns:
+        the results, and how many specs there was no time for.
     """
-    targets = list(targets)
-    tasks = [(m, name, target) for m in modules for target in targets for name in select(m, target, thin)]
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    tasks = [(m, name, target) for target in targets for m in modules for name in select(m, target, thin)]
     results: dict[tuple[str, str, str], Resources] = {}
     # A cache of its own: nothing that another run left behind can be mistaken for this one's result.
     with tempfile.TemporaryDirectory(prefix="resources-") as cache:
@@ -335,18 +346,22 @@ def measure(
             "initargs": (cache,),
         }
         with ProcessPoolExecutor(jobs, **options) as pool:
-            futures = {task: pool.submit(measure_one, *task, mix) for task in tasks}
-            for task, future in futures.items():
-                with contextlib.suppress(BrokenProcessPool):
-                    results[task] = future.result()
-        for task in tasks:
-            if task not in results:
+            futures = {pool.submit(measure_one, *task, mix): task for task in tasks}
+            wait(futures, None if seconds is None else seconds)
+            pool.shutdown(cancel_futures=True)
+            for future, task in futures.items():
+                if not future.cancelled():
+                    with contextlib.suppress(BrokenProcessPool):
+                        results[task] = future.result()
+        broken = [task for future, task in futures.items() if task not in results and not future.cancelled()]
+        for task in broken:
+            if time.monotonic() < deadline:
                 with ProcessPoolExecutor(1, **options) as pool:
                     try:
                         results[task] = pool.submit(measure_one, *task, mix).result()
                     except BrokenProcessPool:
                         results[task] = Resources(task[1], task[0], "", task[2], error="the compiler crashed")
-    return [results[task] for task in tasks]
+    return [results[task] for task in tasks if task in results], len(tasks) - len(results)
 
 
 def table(results: list[Resources]) -> str:
@@ -382,6 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modules", default="", help="kernel modules, comma separated; all by default")
     parser.add_argument("--thin", action="store_true", help="leave out what another spec stands for")
     parser.add_argument("--no-mix", action="store_true", help="do not disassemble")
+    parser.add_argument("--seconds", type=float, help="start no compilation after this time")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
@@ -390,16 +406,19 @@ def main(argv: list[str] | None = None) -> int:
     targets = [target for target in args.targets.split(",") if target]
     modules = [module for module in args.modules.split(",") if module] or kernel_modules()
     started = time.perf_counter()
-    results = measure(modules, targets, args.jobs, args.thin, not args.no_mix)
+    results, missing = measure(modules, targets, args.jobs, args.thin, not args.no_mix, args.seconds)
     if args.out:
         report = {
             "triton": triton.__version__,
             "kernels_defined": kernels_defined(),
             "results": [asdict(result) for result in results],
+            "out_of_time": missing,
             "seconds": round(time.perf_counter() - started, 1),
         }
         args.out.write_text(json.dumps(report, indent=1))
     print(table(results))
+    if missing:
+        print(f"\nThere was no time for {missing} more.")
     return int(any(result.error for result in results))
 
 

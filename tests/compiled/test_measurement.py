@@ -84,6 +84,15 @@ def test_a_crash_is_charged_to_the_spec_that_caused_it(toys: dict[tuple[str, str
     assert sorted(crashed) == [("crashing", "gfx942"), ("crashing", "sm_90")]
 
 
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
+    out = tmp_path / "late.json"
+    done = run("--modules", "tests.compiled.toy_kernels", "--targets", "sm_90", "--seconds", "0", "--out", str(out))
+    report = json.loads(out.read_text())
+    assert report["out_of_time"] > 0
+    assert report["out_of_time"] + len(report["results"]) == 6
+    assert f"no time for {report['out_of_time']} more" in done.stdout
+
+
 def test_two_specs_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.compiled import toy_kernels
 
