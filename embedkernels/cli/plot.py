@@ -40,7 +40,7 @@ def draw(content: dict[str, Any], runs: Sequence[str], path: Path, title: str = 
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04)
         grid = figure.add_gridspec(2, 2, width_ratios=(1.9, 1))
         _losses(figure.add_subplot(grid[:, 0]), content, runs)
-        bars = (("samples per second", "samples_per_second", 1.0, "{:.3g}"), _memory_bar(content, runs))
+        bars = ((_speed_title(content, runs), "samples_per_second", 1.0, "{:.3g}"), _memory_bar(content, runs))
         for row, (name, key, unit, text) in enumerate(bars):
             _bars(figure.add_subplot(grid[row, 1]), name, {run: content[run][key] / unit for run in runs}, text)
         figure.suptitle(_title(content, runs, title), x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -53,6 +53,11 @@ def _title(content: dict[str, Any], runs: Sequence[str], title: str) -> str:
     settings = environment["settings"]
     subject = title or Path(settings["model"]).name
     return f"{subject}: {' and '.join(runs)}, {settings['precision']}, {environment['device_name']}"
+
+
+def _speed_title(content: dict[str, Any], runs: Sequence[str]) -> str:
+    faster = content[runs[-1]].get("speedup_over_stock")
+    return "samples per second" + (f" (step by step {faster['median']:.2f}x)" if faster else "")
 
 
 def _memory_bar(content: dict[str, Any], runs: Sequence[str]) -> tuple[str, str, float, str]:
@@ -81,7 +86,8 @@ def _losses(axes: Any, content: dict[str, Any], runs: Sequence[str]) -> None:
     axes.set_xlim(left=0)
     axes.grid(axis="y", color="#e4e8ee", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper right")
+    # Losses fall: this corner is free.
+    axes.legend(frameon=False, loc="lower left")
 
 
 def _outcome(run: dict[str, Any]) -> str:

@@ -51,8 +51,8 @@ def _points(stock: float, patched: float) -> str:
     return f"{100 * (patched - stock):+.1f} points"
 
 
-def _ratio(stock: float, patched: float) -> str:
-    return f"{patched / stock:.2f}x" if stock else "-"
+def _nothing(stock: float, patched: float) -> str:  # noqa: ARG001
+    return ""
 
 
 def _difference(stock: float, patched: float) -> str:
@@ -67,8 +67,10 @@ _ROWS: tuple[Row, ...] = (
     ("F1 after", "f1", _percent, _points),
     ("perplexity before", "perplexity_before", _plain, _difference),
     ("perplexity after", "perplexity", _plain, _difference),
-    ("samples per second", "samples_per_second", _plain, _ratio),
-    ("training seconds", "train_seconds", _plain, _ratio),
+    # Compared step by step, below.
+    ("samples per second", "samples_per_second", _plain, _nothing),
+    # With the first steps and every hiccup of the machine: nothing to compare by.
+    ("training seconds", "train_seconds", _plain, _nothing),
     ("peak memory", "peak_memory_bytes", bytes_text, _difference),
 )
 
@@ -95,6 +97,8 @@ def figures(content: dict[str, Any], runs: Sequence[str], console: Console) -> N
         if any(value is None for value in values):
             continue
         change = [compare(*values)] if len(runs) == 2 else []
+        if change and key == "samples_per_second":
+            change = [f"{content[runs[1]]['speedup_over_stock']['median']:.2f}x"]
         table.add_row(title, *(text(value) for value in values), *change)
     console.print(table)
     curves = {run: averaged(content[run]["loss"]) for run in runs}
