@@ -57,7 +57,11 @@ def _title(content: dict[str, Any], runs: Sequence[str], title: str) -> str:
 
 def _speed_title(content: dict[str, Any], runs: Sequence[str]) -> str:
     faster = content[runs[-1]].get("speedup_over_stock")
-    return "samples per second" + (f" (step by step {faster['median']:.2f}x)" if faster else "")
+    if faster is None:
+        return "samples per second"
+    return "samples per second: " + (
+        f"{faster['median']:.2f}x" if faster["verdict"] == "clear" else faster["verdict"]
+    )
 
 
 def _memory_bar(content: dict[str, Any], runs: Sequence[str]) -> tuple[str, str, float, str]:

@@ -98,7 +98,8 @@ def figures(content: dict[str, Any], runs: Sequence[str], console: Console) -> N
             continue
         change = [compare(*values)] if len(runs) == 2 else []
         if change and key == "samples_per_second":
-            change = [f"{content[runs[1]]['speedup_over_stock']['median']:.2f}x"]
+            faster = content[runs[1]]["speedup_over_stock"]
+            change = [f"{faster['median']:.2f}x" if faster["verdict"] == "clear" else faster["verdict"]]
         table.add_row(title, *(text(value) for value in values), *change)
     console.print(table)
     curves = {run: averaged(content[run]["loss"]) for run in runs}
@@ -116,7 +117,7 @@ def _print_basis(content: dict[str, Any], runs: Sequence[str], console: Console)
     first, last = content[runs[0]], content[runs[-1]]
     faster = last.get("speedup_over_stock")
     if faster is not None:
-        verdict = " (no clear difference)" if faster["low"] <= 1 <= faster["high"] else ""
+        verdict = "" if faster["verdict"] == "clear" else f": {faster['verdict']}"
         console.print(
             f"  step by step, patched is {faster['median']:.2f}x as fast as stock, "
             f"{faster['low']:.2f}x to {faster['high']:.2f}x in the middle half of the steps{verdict}",

@@ -8,6 +8,8 @@ from typing import Any
 # The first steps pay for lazy initialisation and compilation: so many, or this share if that is less, are left out.
 WARM_UP_STEPS = 5
 WARM_UP_SHARE = 0.2
+# Where the quartiles of the steps' ratios are further apart than this, something else was busy on the machine.
+MOST_SPREAD = 1.3
 
 
 def warm_up(steps: int) -> int:
@@ -32,7 +34,7 @@ def throughput(seconds: list[float], samples: list[int]) -> dict[str, Any]:
     }
 
 
-def speedup(before: list[float], after: list[float]) -> dict[str, float]:
+def speedup(before: list[float], after: list[float]) -> dict[str, Any]:
     """How much faster the steps of one run are than the same steps of another.
 
     Two runs with the same data have the same batch at the same step, so each step is compared with its like: batches
@@ -42,9 +44,15 @@ def speedup(before: list[float], after: list[float]) -> dict[str, float]:
         before, after: seconds of the steps of the two runs.
 
     Returns:
-        ``median`` of the steps' ratios, and the quartiles ``low`` and ``high``: between them lies the middle half.
+        ``median`` of the steps' ratios, the quartiles ``low`` and ``high`` (between them lies the middle half), and
+        ``verdict``: ``"clear"``, ``"no clear difference"`` or ``"too noisy to tell"``.
     """
     skipped = warm_up(len(before))
     ratios = [a / b for a, b in zip(before[skipped:], after[skipped:], strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"median": median, "low": low, "high": high}
+    verdict = "clear"
+    if high > MOST_SPREAD * low:
+        verdict = "too noisy to tell"
+    elif low <= 1.01 and high >= 0.99:
+        verdict = "no clear difference"
+    return {"median": median, "low": low, "high": high, "verdict": verdict}

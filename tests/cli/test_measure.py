@@ -32,9 +32,24 @@ def test_throughput_leaves_out_at_most_five_steps() -> None:
 def test_a_speedup_compares_each_step_with_its_like() -> None:
     stock = [9.0, *[1.0, 5.0] * 10]
     figures = speedup(stock, [second / 2 for second in stock[:-1]] + [50.0])
-    assert figures == {"median": 2.0, "low": 2.0, "high": 2.0}
-    assert speedup([1.0] * 4, [1.0, 0.5, 1.0, 2.0]) == {"median": 1.0, "low": 0.875, "high": 1.25}
-    assert speedup([3.0], [2.0]) == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert figures == {"median": 2.0, "low": 2.0, "high": 2.0, "verdict": "clear"}
+    assert speedup([3.0], [2.0])["median"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "verdict"),
+    [
+        ([0.8, 0.9, 0.9, 0.95], "clear"),
+        ([1.2, 1.1, 1.1, 1.05], "clear"),
+        ([0.95, 1.0, 1.0, 1.05], "no clear difference"),
+        ([0.9, 0.97, 0.97, 0.98], "clear"),
+        ([0.999] * 4, "no clear difference"),
+        ([0.3, 0.5, 0.9, 1.0], "too noisy to tell"),
+    ],
+    ids=str,
+)
+def test_a_speedup_is_only_clear_beyond_its_own_spread(seconds: list[float], verdict: str) -> None:
+    assert speedup([1.0] * 4, seconds)["verdict"] == verdict
 
 
 def test_a_step_is_all_its_batches_and_lasts_until_the_next_ends(device: torch.device) -> None:
