@@ -99,7 +99,9 @@ def _walk_tile(
         group = ()
         for i in tl.static_range(GROUP):
             here = grad_ptr + positions[i].to(tl.int64) * stride + columns
-            group = group + (tl.load(here, mask=inside & (at + i < end), other=0.0),)
+            # The bound is widened to the columns before the two meet: Triton 3.9 interprets no scalar as a mask.
+            live = inside & (tl.full(columns.shape, at + i, tl.int32) < end)
+            group = group + (tl.load(here, mask=live, other=0.0),)
         for i in tl.static_range(GROUP):
             total += group[i].to(total.dtype)
             # A tile is a whole number of groups unless it ends with the last segment, after which ``stop`` is -1:
