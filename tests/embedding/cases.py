@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from embedkernels.ops.extension import extension_status
 from torch import Tensor
 
 from embedkernels.ops.backend import triton_problem
+from embedkernels.ops.extension import extension_status
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
