@@ -275,12 +275,15 @@ def embed_bwd_reduce_kernel(
         at = partial_ptr + part[:, None].to(tl.int64) * (2 * D) + which * D + columns[None, :]
         total += tl.load(at, mask=(part < programs)[:, None] & inside[None, :], other=0.0)
     grad = tl.sum(total, axis=0)
+    # Branches, not a mask: Triton 3.9 interprets no vector & scalar as a mask.
     if WEIGHT:
-        at = norm_weight_grad_ptr + columns
-        tl.store(at, grad.to(norm_weight_grad_ptr.dtype.element_ty), mask=inside & (which == 0))
+        if which == 0:
+            at = norm_weight_grad_ptr + columns
+            tl.store(at, grad.to(norm_weight_grad_ptr.dtype.element_ty), mask=inside)
     if BIAS:
-        at = norm_bias_grad_ptr + columns
-        tl.store(at, grad.to(norm_bias_grad_ptr.dtype.element_ty), mask=inside & (which == 1))
+        if which == 1:
+            at = norm_bias_grad_ptr + columns
+            tl.store(at, grad.to(norm_bias_grad_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
