@@ -9,10 +9,17 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
+
 import pytest
+
+from tests.interpreter import round_to_nearest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with contextlib.suppress(ImportError):  # no Triton, nothing to interpret
+            round_to_nearest()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
 

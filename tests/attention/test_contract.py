@@ -65,9 +65,11 @@ def test_any_scale(scale: float, device: torch.device) -> None:
     check(cases.inputs(lengths=(18, 21), head_size=16, scale=scale, is_causal=True, device=device, **mask))
 
 
-def test_large_scores(device: torch.device) -> None:
-    """Scores around a hundred: most exponentials underflow, and nothing overflows."""
-    check(cases.inputs(lengths=(18, 40), head_size=16, scale=8.0, device=device))
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("scale", [1.0, 8.0, 40.0])
+def test_large_scores(scale: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Scores up to some hundreds: rows from nearly to wholly one-hot, where the backward's differences cancel."""
+    check(cases.inputs(lengths=(40, 96), head_size=32, scale=scale, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("mask", ["none", "lengths"])
