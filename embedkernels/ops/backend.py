@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["extension", "triton", "torch"]
 BACKENDS: tuple[Backend, ...] = ("extension", "triton", "torch")
@@ -124,6 +126,23 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> Choic
             return Choice(backend, "; ".join(reasons) or f"the best for {device.type}")
         reasons.append(problem)
     raise AssertionError("the torch backend runs everywhere")
+
+
+def needs_stock_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call on ``tensors`` must be made of PyTorch's own ops for its derivatives to be right.
+
+    The ops of this package have a reverse-mode formula and nothing else. True where a transform of ``torch.func``
+    (``grad``, ``vmap``, ``jvp`` ...) is active, or where one of the tensors carries a forward-mode tangent, which
+    would be lost without a word. None is skipped. While torch.compile traces, tangents cannot be seen: then every
+    call within ``forward_ad.dual_level`` counts.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 @contextlib.contextmanager
