@@ -27,6 +27,7 @@ CPU_SOURCES = ("library.cpp", "checks.cpp", "cpu/plan.cpp", "cpu/rows.cpp", "cpu
 CUDA_SOURCES = ("cuda/grad.cu", "cuda/sort.cu", "cuda/plan.cu", "cuda/launcher.cu")
 # PyTorch's stable ABI as of 2.11: the library then runs with every later version.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+COMPRESS_MODE = (12, 8)  # the first nvcc that knows --compress-mode
 
 
 @dataclass(frozen=True)
@@ -48,42 +49,66 @@ class Record:
     sha256: str = ""
 
 
-def _escape(text: str) -> str:
-    return text.replace("$", "$$").replace("\n", " ")
+def _flags(arguments: list[str]) -> str:
+    """Arguments as the value of a ninja variable, quoted for the shell: paths may hold blanks."""
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def _path(path: str) -> str:
+    """A path in one of ninja's build lines."""
+    return re.sub(r"([$ :])", r"$\1", path)
+
+
+def _for_host(flag: str) -> str:
+    """A flag that nvcc hands on to the C++ compiler. It pastes it into a command line of its own as it is."""
+    return '-Xcompiler="' + re.sub(r'([\\"$`])', r"\\\1", flag) + '"'
+
+
+def _compile_flags(compiler: str, torch: Torch, cuda: Cuda | None) -> tuple[list[str], list[str]]:
+    """For C++ and for CUDA sources."""
+    include = torch.root / "include"
+    common = ["-std=c++20", "-O3", TARGET]
+    for folder in (include, include / "torch/csrc/api/include"):
+        common += ["-isystem", str(folder)]
+    host = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={include}=torch"]
+    # Nobody traps floating-point exceptions here, and compilers must know it to vectorise a conversion's selects.
+    cxx = [*common, *host, "-fno-trapping-math", "-Wall", "-Wextra"]
+    if cuda is None:
+        return cxx, []
+    built_for = f'-DEMBEDKERNELS_ARCHITECTURES="{",".join(cuda.targets)}"'
+    nvcc = [*common, built_for, f"-ccbin={compiler}", *map(_for_host, host)]
+    if cuda.version >= COMPRESS_MODE:
+        nvcc.append("--compress-mode=size")
+    for folder in cuda.include_dirs:
+        nvcc += ["-isystem", str(folder)]
+    nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.architectures]
+    newest = cuda.architectures[-1]
+    nvcc.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return [*cxx, built_for], nvcc
+
+
+def _link_flags(torch: Torch, cuda: Cuda | None) -> list[str]:
+    if sys.platform == "darwin":
+        flags = ["-undefined", "dynamic_lookup"]
+    else:
+        # libtorch.so names libtorch_cuda.so where there is one: the weak symbol is then looked for there too.
+        flags = [f"-L{torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        flags += ["-Wl,--exclude-libs,ALL"]
+    if cuda is not None:
+        flags += [f"-L{cuda.libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    return flags
 
 
 def _ninja_file(compiler: str, torch: Torch, cuda: Cuda | None, build_dir: Path) -> str:
     """The rules: one object per source with the headers it reads, and the link."""
-    include = torch.root / "include"
-    includes = [f"-isystem {include}", f"-isystem {include / 'torch/csrc/api/include'}"]
-    common = ["-std=c++20", "-O3", TARGET, *includes]
-    relocated = f"-ffile-prefix-map={include}=torch"
-    host = ["-fPIC", "-fvisibility=hidden", relocated]
-    # Nobody traps floating-point exceptions here, and compilers must know it to vectorise a conversion's selects.
-    cxxflags = [*common, *host, "-fno-trapping-math", "-Wall", "-Wextra"]
-    if sys.platform == "darwin":
-        ldflags = ["-undefined", "dynamic_lookup"]
-    else:
-        # libtorch.so names libtorch_cuda.so where there is one: the weak symbol is then looked for there too.
-        ldflags = [f"-L{torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-        ldflags += ["-Wl,--exclude-libs,ALL"]
-    nvccflags = []
-    if cuda is not None:
-        cxxflags.append(f"-DEMBEDKERNELS_ARCHITECTURES='\"{','.join(cuda.targets)}\"'")
-        nvccflags = [*common, f"-ccbin={compiler}", f"-Xcompiler={','.join(host)}", "--compress-mode=size"]
-        nvccflags += [f"-isystem {path}" for path in cuda.include_dirs]
-        nvccflags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.architectures]
-        newest = cuda.architectures[-1]
-        nvccflags += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
-        nvccflags += [f"-DEMBEDKERNELS_ARCHITECTURES='\"{','.join(cuda.targets)}\"'"]
-        ldflags += [f"-L{cuda.libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    cxxflags, nvccflags = _compile_flags(compiler, torch, cuda)
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {_escape(compiler)}",
-        f"nvcc = {_escape(cuda.nvcc) if cuda else ''}",
-        f"cxxflags = {_escape(' '.join(cxxflags))}",
-        f"nvccflags = {_escape(' '.join(nvccflags))}",
-        f"ldflags = {_escape(' '.join(ldflags))}",
+        f"cxx = {_flags([compiler])}",
+        f"nvcc = {_flags([cuda.nvcc]) if cuda else ''}",
+        f"cxxflags = {_flags(cxxflags)}",
+        f"nvccflags = {_flags(nvccflags)}",
+        f"ldflags = {_flags(_link_flags(torch, cuda))}",
         "rule cxx",
         "  command = $cxx -MD -MF $out.d $cxxflags -c $in -o $out",
         "  depfile = $out.d",
@@ -101,7 +126,7 @@ def _ninja_file(compiler: str, torch: Torch, cuda: Cuda | None, build_dir: Path)
     objects = []
     for source in (*(CUDA_SOURCES if cuda else ()), *CPU_SOURCES):
         rule = "nvcc" if source.endswith(".cu") else "cxx"
-        lines.append(f"build {source}.o: {rule} {os.path.relpath(SOURCES / source, build_dir)}")
+        lines.append(f"build {source}.o: {rule} {_path(os.path.relpath(SOURCES / source, build_dir))}")
         objects.append(f"{source}.o")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
     return "\n".join([*lines, f"default {LIBRARY}", ""])
@@ -124,7 +149,8 @@ def install(built: Path, package_dir: Path) -> None:
             (package_dir / name).unlink(missing_ok=True)
 
 
-def _run_ninja(ninja: str, build_dir: Path) -> None:
+def _run_ninja(ninja: str, build_dir: Path) -> str | None:
+    """None, or what went wrong: the first line of the output that looks like a cause."""
     command = [ninja, "-C", str(build_dir)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
@@ -136,30 +162,41 @@ def _run_ninja(ninja: str, build_dir: Path) -> None:
             print(line, end="", flush=True)
             if not error and re.search(r"\berror\b|fatal|not found", line, re.IGNORECASE):
                 error = f": {' '.join(line.split())}"
-    if process.returncode != 0:
-        raise Missing(f"it did not compile{error}")
+    return f"did not compile{error}" if process.returncode else None
 
 
 def _build(build_dir: Path, library: Path) -> Record:
     if os.environ.get("EMBEDKERNELS_BUILD_EXTENSION", "1") == "0":
         raise Missing("EMBEDKERNELS_BUILD_EXTENSION was 0 when it was installed")
     compiler, torch, ninja = find_compiler(), find_torch(), find_ninja()
-    cuda, cpu_only = None, ""
+    build_dir.mkdir(parents=True, exist_ok=True)
+
+    def compile_with(cuda: Cuda | None) -> str | None:
+        rules = build_dir / "build.ninja"
+        text = _ninja_file(compiler, torch, cuda, build_dir)
+        if not rules.is_file() or rules.read_text() != text:
+            rules.write_text(text)
+        return _run_ninja(ninja, build_dir)
+
     try:
         cuda = find_cuda()
+        reason, targets = f"C++ and {cuda.name}", cuda.targets
+        if failed := compile_with(cuda):
+            # Mostly a C++ compiler that is too new for this nvcc: C++ alone compiles.
+            _warn(f"embedkernels' library is built WITHOUT its CUDA code: it {failed}")
+            raise Missing(f"CPU only: the CUDA code {failed}")
     except Missing as missing:
-        cpu_only = str(missing)
-    build_dir.mkdir(parents=True, exist_ok=True)
-    rules = build_dir / "build.ninja"
-    text = _ninja_file(compiler, torch, cuda, build_dir)
-    if not rules.is_file() or rules.read_text() != text:
-        rules.write_text(text)
-    _run_ninja(ninja, build_dir)
+        reason, targets = str(missing), []
+        if failed := compile_with(None):
+            raise Missing(f"it {failed}") from None
     _replace(build_dir / LIBRARY, library)
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
-    if cuda is None:
-        return Record(True, cpu_only, [], torch.version, digest)
-    return Record(True, f"C++ and CUDA {cuda.version}", cuda.targets, torch.version, digest)
+    return Record(True, reason, targets, torch.version, digest)
+
+
+def _warn(text: str) -> None:
+    line = "*" * 100
+    print(f"{line}\n{text}\n{line}", file=sys.stderr, flush=True)
 
 
 def build(build_dir: Path, package_dir: Path) -> Record:
@@ -181,12 +218,9 @@ def build(build_dir: Path, package_dir: Path) -> Record:
             raise
         library.unlink(missing_ok=True)
         record = Record(False, str(missing))
-        line = "*" * 100
-        print(
-            f"{line}\nembedkernels is installed WITHOUT its C++ library: {missing}.\nEverything works, more slowly."
-            f" EMBEDKERNELS_REQUIRE_EXTENSION=1 makes this an error.\n{line}",
-            file=sys.stderr,
-            flush=True,
+        _warn(
+            f"embedkernels is installed WITHOUT its C++ library: {missing}.\nEverything works, more slowly."
+            " EMBEDKERNELS_REQUIRE_EXTENSION=1 makes this an error."
         )
     package_dir.mkdir(parents=True, exist_ok=True)
     (package_dir / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")

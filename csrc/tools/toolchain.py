@@ -14,8 +14,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from gpus import capabilities
 
 OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 0)  # the first nvcc that knows C++20
@@ -37,9 +40,13 @@ class Torch:
 class Cuda:
     nvcc: str
     root: Path
-    version: str
+    version: tuple[int, int]
     architectures: tuple[str, ...]
     libraries: Path
+
+    @property
+    def name(self) -> str:
+        return f"CUDA {self.version[0]}.{self.version[1]}"
 
     @property
     def include_dirs(self) -> list[Path]:
@@ -122,17 +129,36 @@ def _nvcc() -> str:
     return found
 
 
+def _native(nvcc: str, known: set[str]) -> tuple[str, ...]:
+    """For the GPUs of this machine: each one's own code, or the nearest older one's, of which drivers compile PTX."""
+    here = capabilities()
+    if not here:
+        raise Missing("CPU only: EMBEDKERNELS_CUDA_ARCHS was native when it was built, and nvidia-smi showed no GPU")
+    nearest = (max((arch for arch in known if int(arch) <= int(gpu)), key=int, default=None) for gpu in here)
+    if found := {arch for arch in nearest if arch}:
+        return tuple(sorted(found, key=int))
+    raise Missing(
+        f"CPU only: this machine's GPU ({_spelled(here)}) is too old for {nvcc}: it knows {_spelled(known)}"
+    )
+
+
+def _spelled(architectures: Iterable[str]) -> str:
+    return ", ".join(sorted(architectures, key=int))
+
+
 def _architectures(nvcc: str) -> tuple[str, ...]:
     known = set(re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch")))
-    asked = os.environ.get("EMBEDKERNELS_CUDA_ARCHS")
+    asked = os.environ.get("EMBEDKERNELS_CUDA_ARCHS", "").strip()
+    if asked == "native":
+        return _native(nvcc, known)
     if not asked:
-        return tuple(arch for arch in ARCHITECTURES if arch in known)
-    wanted = tuple(part.replace(".", "") for part in re.split(r"[;,\s]+", asked.strip()))
-    for arch in wanted:
+        if shipped := tuple(arch for arch in ARCHITECTURES if arch in known):
+            return shipped
+        raise Missing(f"CPU only: {nvcc} knows none of {', '.join(ARCHITECTURES)}")
+    wanted = {part.replace(".", "") for part in re.split(r"[;,\s]+", asked) if part}
+    for arch in sorted(wanted):
         if arch not in known:
-            raise ValueError(
-                f"EMBEDKERNELS_CUDA_ARCHS: {nvcc} has no compute_{arch}; it knows {', '.join(sorted(known, key=int))}"
-            )
+            raise ValueError(f"EMBEDKERNELS_CUDA_ARCHS: {nvcc} has no compute_{arch}; it knows {_spelled(known)}")
     return tuple(sorted(wanted, key=int))
 
 
@@ -141,7 +167,8 @@ def find_cuda() -> Cuda:
 
     Raises:
         Missing: the library is then built for the CPU alone.
-        ValueError: EMBEDKERNELS_CUDA_ARCHS names an architecture that this nvcc does not know.
+        ValueError: EMBEDKERNELS_CUDA_ARCHS names an architecture that this nvcc does not know. What is found by
+            itself never raises it.
     """
     if os.environ.get("EMBEDKERNELS_CUDA", "1") == "0":
         raise Missing("CPU only: EMBEDKERNELS_CUDA was 0 when it was built")
@@ -157,7 +184,7 @@ def find_cuda() -> Cuda:
     libraries = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
     if libraries is None:
         raise Missing(f"CPU only: libcudart_static.a was not found in {root} when it was built")
-    cuda = Cuda(nvcc, root, f"{version[0]}.{version[1]}", _architectures(nvcc), libraries)
+    cuda = Cuda(nvcc, root, version, _architectures(nvcc), libraries)
     if not any((path / "cub" / "cub.cuh").is_file() for path in cuda.include_dirs):
         raise Missing(f"CPU only: CUB was not found in {root} when it was built")
     return cuda

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embedkernels.ops.extension import extension_status
-from tests.extension.test_build import TOOLS
+from tests.extension.fakes import TOOLS
 
 SHIPPED = ("80", "86", "89", "90", "100", "120")
 
