@@ -4,25 +4,35 @@ The library is no Python module: PyTorch loads it. So one wheel per platform (``
 Python, and every torch from 2.11 on. Environment variables:
 
     EMBEDKERNELS_CUDA=0                 leave the CUDA code out
-    EMBEDKERNELS_CUDA_ARCHS=90          only these compute capabilities (comma separated)
+    EMBEDKERNELS_CUDA_ARCHS=80,90       only these compute capabilities; "native": those of this machine's GPUs
     EMBEDKERNELS_BUILD_EXTENSION=0      pure Python
-    EMBEDKERNELS_REQUIRE_EXTENSION=1    fail instead of falling back to pure Python
+    EMBEDKERNELS_REQUIRE_EXTENSION=1    fail instead of falling back to pure Python (not: to a library without CUDA)
     CUDA_HOME, CXX, MAX_JOBS            as usual
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc" / "tools"))
 
 import builder  # noqa: E402
+
+
+class BuildPackage(build_py):
+    """Starts from an empty folder: a module that was deleted must not come back from an earlier build."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "embedkernels", ignore_errors=True)
+        super().run()
 
 
 class BuildLibrary(build_ext):
@@ -60,5 +70,5 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("embedkernels._extension", sources=[])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

@@ -16,38 +16,49 @@ def environment(**variables):
     return {**clean, **variables}
 
 
+FOLDERS = ("embedkernels", "csrc", "tests", "bench", "examples", "docs", "requirements", ".ci")
+FILES = (
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "demo.mk", "gpu.mk", ".pre-commit-config.yaml"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+)
+# What must not get out of a checkout.
+LITTER = (
+    *("embedkernels/__pycache__/old.cpython-310.pyc", "tests/hf/__pycache__/old.cpython-310.pyc"),
+    *("embedkernels/_extension.so", "embedkernels/_extension.json", "tests/.hypothesis/examples/1"),
+    *("csrc/cpu/plan.o", "csrc/cpu/plan.o.d", "build/lib/embedkernels/gone.py", "runs/demo/metrics.json"),
+)
+
+
 @pytest.fixture
-def source(tmp_path):
-    """A copy of what a wheel is built from."""
-    if not (ROOT / "embedkernels").is_dir():
-        pytest.skip("the package's source is not here")
-    target = tmp_path / "source"
-    ignored = shutil.ignore_patterns("_extension.*", "__pycache__")
-    for name in ("embedkernels", "csrc"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, target)
+def checkout(tmp_path):
+    """A copy of what git tracks, with what work leaves in it."""
+    if not all((ROOT / name).exists() for name in (*FOLDERS, *FILES)):
+        pytest.skip("the project's source is not here")
+    target = tmp_path / "checkout"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("_extension.*", "__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, target)
+    for name in LITTER:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("litter")
     return target
 
 
+def python(*arguments, cwd=None, **variables):
+    subprocess.run([sys.executable, *map(str, arguments)], env=environment(**variables), check=True, cwd=cwd)
+
+
+def build_sdist(checkout, target):
+    python("-m", "build", "--sdist", "--no-isolation", "-o", target, checkout)
+    (archive,) = target.glob("*.tar.gz")
+    shutil.unpack_archive(archive, target)
+    (folder,) = (path for path in target.iterdir() if path.is_dir())
+    return folder
+
+
 def build_wheel(source, target, **variables):
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            str(target),
-            str(source),
-        ],
-        env=environment(**variables),
-        check=True,
-    )
+    python("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, source, **variables)
     (wheel,) = target.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(target / "installed")
     return wheel.name, target / "installed"
@@ -71,16 +82,33 @@ def status_in(installed):
     return done.stdout.strip()
 
 
-def test_pure_python_wheel(source, tmp_path):
-    name, installed = build_wheel(source, tmp_path / "wheel", EMBEDKERNELS_BUILD_EXTENSION="0")
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_source_distribution_is_the_checkout(checkout, tmp_path):
+    tracked = files_in(checkout) - set(LITTER)
+    made = files_in(build_sdist(checkout, tmp_path / "sdist"))
+    ours = {name for name in made if name not in ("PKG-INFO", "setup.cfg") and ".egg-info/" not in name}
+    assert ours == tracked
+
+
+def test_pure_python_wheel(checkout, tmp_path):
+    name, installed = build_wheel(checkout, tmp_path / "wheel", EMBEDKERNELS_BUILD_EXTENSION="0")
     assert name.endswith("-py3-none-any.whl")
     assert not list(installed.rglob("*.so"))
+    assert {path.name.split("-")[0] for path in installed.iterdir()} == {"embedkernels"}
+    package = {name for name in files_in(checkout) - set(LITTER) if name.startswith("embedkernels/")}
+    # Nothing of an earlier build, whose modules may since have been deleted.
+    in_wheel = {name for name in files_in(installed) if name.startswith("embedkernels/")}
+    assert in_wheel == package | {"embedkernels/_extension.json"}
     expected = "the C++ library was not built: EMBEDKERNELS_BUILD_EXTENSION was 0 when it was installed"
     assert status_in(installed) == f"False|False|{expected}"
 
 
 @pytest.mark.slow
-def test_cpu_wheel_serves_every_python(tools, source, tmp_path):
+def test_cpu_wheel_serves_every_python(tools, checkout, tmp_path):
+    source = build_sdist(checkout, tmp_path / "sdist")
     name, installed = build_wheel(
         source, tmp_path / "wheel", EMBEDKERNELS_CUDA="0", EMBEDKERNELS_REQUIRE_EXTENSION="1"
     )
