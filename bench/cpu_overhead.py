@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -26,6 +25,7 @@ import torch
 import transformers
 
 import embedkernels as ek
+from bench.environment import describe
 
 
 def default_model() -> str:
@@ -98,16 +98,7 @@ def measure(model_path: str, repeats: int, batch: int, length: int, warmup: int,
         "length": length,
         "repeats": repeats,
         "report": report.to_dict(),
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "embedkernels": ek.__version__,
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-            "load": list(os.getloadavg()),
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "environment": {**describe(), "threads": torch.get_num_threads(), "load": list(os.getloadavg())},
     }
 
 

@@ -14,8 +14,8 @@ No atomics and a fixed order of every sum: two runs give the same bits. The pric
 7 products in place of 5: 14·P·D FLOPs per (batch row, head) with P visible pairs, against at least
 (8·Sq + 8·Sk·Hkv/H)·D·e bytes for elements of e bytes. At Sq = Sk = S, no mask and bf16: 0.44·S FLOPs per byte.
 
-delta is taken from out as it was stored. Where a softmax is all but one-hot, dP - delta cancels, and the rounding of
-a 16-bit out shows in dq and dk.
+delta is taken from out as it was stored, as in PyTorch's fused kernels. Where a softmax is all but one-hot, dP - delta
+cancels, and the rounding of a 16-bit out shows in dq and dk as it does in theirs.
 
 Dropout's scale 1/(1-p) is left to the ends: dP stays unscaled, delta is multiplied by 1-p, and dq, dk and dv are
 scaled once.
@@ -41,8 +41,9 @@ from embedkernels.kernels.attention_blocks import (
     visible_pairs,
     with_columns,
 )
-from embedkernels.kernels.attention_forward import LOG2_E, heaviest, keep_scale
+from embedkernels.kernels.attention_forward import LOG2_E, heaviest
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
+from embedkernels.kernels.random import keep_scale, rounded
 from embedkernels.kernels.specs import CompileSpec
 
 PREPROCESS_BLOCK_M = 32  # divides ROW_PADDING
@@ -279,8 +280,12 @@ def backward(
 ) -> None:
     """Launch: fills ``dq``, and ``dk`` with ``dv``, if given. Inputs as the op has checked them."""
     batch, heads, num_queries, head_size = query.shape
-    if heads == 0:
+    if heads == 0:  # no query looks at any key
+        for gradient in (dk, dv):
+            if gradient is not None:
+                gradient.zero_()
         return
+    dropout_p = rounded(dropout_p)
     heads_kv, num_keys = key.shape[1], key.shape[2]
     group, width = heads // heads_kv, block_d(head_size)
     tiles = tiles_for(query, dropout_p > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,10 +135,13 @@ def expected(call: Call, seed: int = 1) -> tuple[Tensor, ...]:
     return run_reference(call, torch.float64, seed)
 
 
-def theirs(call: Call) -> tuple[Tensor, ...]:
+def theirs(call: Call, fused: bool = False) -> tuple[Tensor, ...]:
     """out, dq, dk, dv of PyTorch in the call's dtype: SDPA's plain implementation with a dense mask.
 
     SDPA cannot drop what we drop: with dropout, the reference's plain operations in the same dtype stand in.
+
+    Args:
+        fused: SDPA as it chooses for itself: a flash kernel on a CPU and on a GPU alike.
     """
     options = dict(call.options)
     if options.pop("dropout_p", 0.0):
@@ -145,7 +149,7 @@ def theirs(call: Call) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in call.leaves]
     scale = options.pop("scale", None)
     visible = reference.visible_keys(call.query.shape[2], call.key.shape[2], call.query.device, **options)
-    with sdpa_kernel(SDPBackend.MATH):
+    with contextlib.nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
         out = torch.nn.functional.scaled_dot_product_attention(
             *leaves, attn_mask=visible, scale=scale, enable_gqa=True
         )
