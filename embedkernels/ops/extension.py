@@ -59,6 +59,13 @@ def _record(package: Path, field: str) -> str:
         return ""
 
 
+def _why_missing(package: Path) -> str:
+    if _record(package, "built") == "True":
+        return f"the C++ library was built, but _extension.so is gone: {_REBUILD}"
+    why = _record(package, "reason")
+    return f"the C++ library was not built: {why}" if why else "the C++ library was not built"
+
+
 def _inspect(path: Path, package: Path) -> ExtensionStatus:
     """Load the file and ask it what it is.
 
@@ -100,12 +107,12 @@ def load(package: Path) -> ExtensionStatus:
     if os.environ.get("EMBEDKERNELS_DISABLE_EXTENSION", "0") == "1":
         return _refused(path if path.is_file() else None, "EMBEDKERNELS_DISABLE_EXTENSION=1 is set")
     if not path.is_file():
-        why = _record(package, "reason")
-        return _refused(None, f"the C++ library was not built: {why}" if why else "the C++ library was not built")
+        return _refused(None, _why_missing(package))
     try:
         status = _inspect(path, package)
     except (OSError, AttributeError) as error:
-        text = " ".join(str(error).split())
+        # PyTorch wraps the system loader's error in one that only names the file.
+        text = " ".join(str(error.__cause__ or error).split())
         status = _refused(path, f"{path.name} cannot be loaded ({text}): {_REBUILD}")
     if not status.loaded:
         warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=2)

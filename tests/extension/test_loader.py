@@ -1,5 +1,6 @@
 """The library is refused with a reason, never with a crash, whatever lies in its place."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -38,6 +39,13 @@ def test_the_build_says_why_there_is_none(tmp_path):
     assert load_quietly(tmp_path).reason == "the C++ library was not built: no C++ compiler was found"
 
 
+def test_a_library_that_went_missing_after_the_build(tmp_path):
+    """The reason of a build that made a library is no reason for there being none."""
+    (tmp_path / "_extension.json").write_text(json.dumps({"built": True, "reason": "C++ and CUDA 13.0"}))
+    reason = load_quietly(tmp_path).reason
+    assert reason.startswith("the C++ library was built, but _extension.so is gone: rebuild it with")
+
+
 @pytest.mark.parametrize("record", ["", "{", "[]", "{}", "null"])
 def test_a_damaged_record_is_as_good_as_none(tmp_path, record):
     (tmp_path / "_extension.json").write_text(record)
@@ -57,13 +65,15 @@ def test_refused_by_the_environment(tmp_path, monkeypatch):
 def test_a_corrupt_library_warns_and_says_why(tmp_path, content):
     path = tmp_path / "_extension.so"
     path.write_bytes(content)
+    with pytest.raises(OSError) as refused:
+        ctypes.CDLL(str(path))
     with pytest.warns(
         RuntimeWarning, match=r"runs without its C\+\+ library: _extension.so cannot be loaded"
     ) as caught:
         status = extension.load(tmp_path)
     assert len(caught) == 1
     assert (status.loaded, status.cuda, status.path, status.architectures) == (False, False, str(path), ())
-    assert "rebuild it with" in status.reason
+    assert f"({refused.value}): rebuild it with" in status.reason  # the system loader's own words
 
 
 def test_a_library_cut_short_never_reaches_the_system_loader(tmp_path):
