@@ -62,12 +62,15 @@ def commit() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
+    import torch
+
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # names the CUDA it was built with
     nvcc = output("nvcc", "--version")
     found["nvcc"] = nvcc.splitlines()[-1] if nvcc else None
     return found

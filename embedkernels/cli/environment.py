@@ -23,6 +23,8 @@ def output(*command: str, cwd: Path | None = None, timeout: float = 10.0) -> str
 
 def versions() -> dict[str, str | None]:
     """Version by package; None where it is not installed."""
+    import torch
+
     import embedkernels
 
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -31,8 +33,8 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    # A checkout on the path has no metadata.
-    found["embedkernels"] = embedkernels.__version__
+    # A checkout on the path has no metadata, and torch's does not name the CUDA it was built with.
+    found.update(embedkernels=embedkernels.__version__, torch=torch.__version__)
     return found
 
 
