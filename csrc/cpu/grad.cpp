@@ -31,7 +31,8 @@ struct Plan {
   int64_t n, count, num_rows;
 
   int64_t begin(int64_t segment) const { return offsets[segment]; }
-  int64_t size(int64_t segment) const { return offsets[segment + 1] - offsets[segment]; }
+  // Not yet checked, the offsets may be so far apart that their difference does not fit into 32 bits.
+  int64_t size(int64_t segment) const { return begin(segment + 1) - begin(segment); }
 };
 
 // A plan is data from outside: nothing below may read or write out of bounds because of it.

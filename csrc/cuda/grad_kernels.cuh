@@ -6,6 +6,9 @@
 //   tile. Blocks from reduce_blocks on write zeros to the table's rows that have no segment.
 // grad_finish_kernel: adds the partial sums of every segment that crosses tiles, tile by tile, and writes its row.
 //
+// The host cannot look into a plan without waiting for the device. A plan that was made for another table is therefore
+// met here: rows that this one does not have are left out, and nothing is written out of bounds.
+//
 // Moves N*D + V*D elements and at most 2*2*N/tile*D partial sums: bound by memory.
 #pragma once
 
@@ -16,6 +19,9 @@
 namespace embedkernels::cuda {
 
 constexpr int kBlocksPerSm = 3;  // at most 80 registers: 8 rows in flight per thread without spilling one
+
+// Stands for a row that the table does not have; no table has so many.
+constexpr int kNoRow = 0x7fffffff;
 
 // The segment that starts in a tile and goes on behind it.
 struct Tail {
@@ -33,7 +39,7 @@ struct PlanView {
 
 struct ReduceShared {
   int source[kMaxPositions];   // row of grad_rows at this position
-  int ends_row[kMaxPositions];  // the table's row whose segment ends at this position, or -1
+  int ends_row[kMaxPositions];  // the table's row (or kNoRow) whose segment ends at this position, or -1
   Tail tails[kMaxGroups];
 };
 
@@ -66,9 +72,10 @@ EK_DEVICE void reduce_tiles(const T* grad_rows, const PlanView& plan, T* out, Ac
       const int segment = first_segment + i;
       const int64_t begin = plan.segment_offsets[segment] - first, end = plan.segment_offsets[segment + 1] - first;
       if (begin >= positions) break;
-      const int row = plan.segment_ids[segment];
-      if (end <= positions) shared.ends_row[end - 1] = row;
-      if (begin >= 0 && begin / shape.tile != (end - 1) / shape.tile) {
+      const int listed = plan.segment_ids[segment];
+      const int row = listed >= 0 && listed < shape.num_rows ? listed : kNoRow;
+      if (end > 0 && end <= positions) shared.ends_row[end - 1] = row;
+      if (row != kNoRow && begin >= 0 && begin / shape.tile != (end - 1) / shape.tile) {
         shared.tails[begin / shape.tile] = {row, int((first + end - 1) / shape.tile)};
       }
     }
@@ -105,7 +112,7 @@ EK_DEVICE void reduce_tiles(const T* grad_rows, const PlanView& plan, T* out, Ac
         if (row >= 0) {
           if (open) {
             store_partial<Acc, V>(partial, sum);
-          } else {
+          } else if (row != kNoRow) {
             store_sum<T, V>(out + int64_t(row) * shape.width + column, sum);
           }
           open = false;
@@ -132,7 +139,7 @@ EK_DEVICE void zero_rows(const PlanView& plan, T* out, const GradShape& shape, i
   const int first_segment = block_count_below(plan.segment_ids, segments, first);
   for (int i = threadIdx.x; i < rows && i < segments - first_segment; i += kThreads) {
     const int64_t row = plan.segment_ids[first_segment + i] - first;
-    if (row < rows) shared.taken[row] = 1;
+    if (row >= 0 && row < rows) shared.taken[row] = 1;
   }
   __syncthreads();
 

@@ -184,6 +184,11 @@ def test_plan_names_a_bad_argument(arguments, message):
             "segment_ids must ascend .*, got 2 at position 1",
         ),
         ({"segment_offsets": torch.tensor([0, 2, 9, 0], dtype=torch.int32)}, "segment_offsets must ascend .*, got 9"),
+        # The difference of two int32 does not fit one: it must not wrap to a length.
+        (
+            {"segment_offsets": torch.tensor([0, 1, -(2**31), 0], dtype=torch.int32)},
+            "segment_offsets must ascend .*, got -2147483648",
+        ),
         ({"segment_offsets": torch.tensor([1, 2, 3, 0], dtype=torch.int32)}, "segment_offsets must start with 0"),
     ],
 )

@@ -1,6 +1,7 @@
 """The CUDA kernels' bodies, executed on the CPU under the shim, against the definition."""
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -130,6 +131,45 @@ def test_vectors_and_single_elements_give_the_same_bits():
     made, _ = shim.plan(ids, 50)
     one, other = (shim.grad(grad_rows, made, 50, vectors=vectors) for vectors in (True, False))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("distribution", ["uniform", "hot", "equal"])
+def test_a_plan_of_a_larger_table_writes_nothing_out_of_bounds(distribution, order, vectors):
+    """The host cannot look at a plan without waiting for it. Segments within a tile and across tiles; the shim's
+    memory ends where the table ends."""
+    ids = make_ids(distribution, 400, 37)
+    grad_rows = torch.randn(400, 8)
+    made, _ = shim.plan(ids, 37)
+    out = shim.grad(grad_rows, made, 5, vectors=vectors, order=ORDERS[order])
+    torch.testing.assert_close(out.double(), grad_reference(grad_rows, ids, 5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize(("segment", "row"), [(0, -1), (0, -(2**31)), (2, 3), (2, 2**31 - 1)])
+def test_a_row_that_no_table_has_is_left_out(segment, row, at_start):
+    """The first and the last segment cross tiles."""
+    ids = torch.tensor([0] * 40 + [1] * 2 + [2] * 40)
+    order, segment_ids, offsets, count = shim.plan(ids, 3)[0]
+    grad_rows = torch.randn(82, 8)
+    expected = grad_reference(grad_rows, ids, 3)
+    expected[segment] = 0
+    segment_ids[segment] = row
+    out = shim.grad(grad_rows, (order, segment_ids, offsets, count), 3, vectors=True, at_start=at_start)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("part", "position", "value"), [(1, 1, -1), (1, 0, 2), (2, 1, -5), (2, 2, 1), (2, 1, 70)])
+def test_a_plan_out_of_order_writes_nothing_out_of_bounds(part, position, value):
+    ids = torch.tensor([0] * 40 + [1] * 2 + [2] * 40)
+    made = shim.plan(ids, 3)[0]
+    made[part][position] = value
+    try:
+        shim.grad(torch.randn(82, 8), made, 3, vectors=True)
+    except AssertionError as error:  # the gradient is lost, memory is not
+        if not re.match(r"element \d+ is (never written|written twice)", str(error)):
+            raise
 
 
 def test_beyond_two_to_the_31_elements():

@@ -104,14 +104,30 @@ def test_graph_replay_with_changed_ids(device):
 
 
 def test_no_synchronisation(device):
+    """The calls return while the GPU is still busy with what was queued before them.
+
+    ``torch.cuda.set_sync_debug_mode`` would not do: it sees the waits of PyTorch's own code alone.
+    """
     ids = make_ids("uniform", 5000, 1000).to(device)
     grad_rows = torch.randn(5000, 64, device=device)
-    dense(grad_rows, make_plan(ids, 1000), 1000)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        dense(grad_rows, make_plan(ids, 1000), 1000)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    dense(grad_rows, make_plan(ids, 1000), 1000)  # now nothing is loaded or allocated for the first time
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    queued = torch.cuda.Event()
+    queued.record()
+    out = dense(grad_rows, make_plan(ids, 1000), 1000)
+    returned_early = not queued.query()
+    torch.cuda.synchronize()
+    assert returned_early
+    assert torch.equal(out, dense(grad_rows, make_plan(ids, 1000), 1000))
+
+
+def test_rows_that_the_table_does_not_have_are_left_out(device):
+    """A plan that was made for a larger table; that nothing is written behind this one, the shim shows."""
+    ids = make_ids("hot", 4000, 37).to(device)
+    grad_rows = torch.randn(4000, 64, device=device)
+    out = dense(grad_rows, make_plan(ids, 37), 5)
+    torch.testing.assert_close(out.double(), grad_reference(grad_rows, ids, 5), rtol=1e-4, atol=1e-4)
 
 
 def test_current_stream(device):
