@@ -6,7 +6,9 @@ Needs no network and no installation. Every part is a process with a time limit;
 keep the others from running. Both files are written again after every part, so that what is there is never lost.
 Without a GPU it says so and does what can be done: the build, the compilation of every kernel, dry runs.
 
-Exit code 0 if every part that ran is good, 1 if one is not, 2 for wrong arguments.
+A part is "incomplete" if nothing of what it did is wrong, but time or the machine kept it from doing all of it.
+
+Exit code 0 if nothing is wrong, 1 if a part failed or was stopped before it could tell, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -22,27 +24,35 @@ from typing import Any
 
 from bench import environment, markdown, processes
 from bench.files import read_json, write_json
-from bench.parts import LIMIT, OVERHEAD, Machine, Part, choose
+from bench.parts import LIMIT, OVERHEAD, Machine, Part, choose, this_machine
+from bench.processes import Finished
 
 SCHEMA = 1
 KEPT = 8000  # characters of a failed part's output
 
 
-def this_machine() -> Machine:
-    """The first GPU's compute capability, as PyTorch sees it."""
-    import torch
+def status_of(finished: Finished, data: Any) -> tuple[str, str]:
+    """A part's status and what is to be said about it, from how it ended and what it wrote.
 
-    if not torch.cuda.is_available():
-        return Machine(None)
-    major, minor = torch.cuda.get_device_capability(0)
-    return Machine(f"{major}{minor}")
+    ``data`` may have ``incomplete``, a list of what was left out, and ``may_be_stopped``: True while all that matters
+    is done, and done well.
+    """
+    data = data if isinstance(data, dict) else {}
+    if finished.timed_out:
+        detail = f"stopped after {finished.seconds:.0f} s"
+        good = data.get("may_be_stopped") and not data.get("problems")
+        return ("incomplete" if good else "timed out"), detail
+    if finished.exit_code:
+        return "failed", f"exit code {finished.exit_code}"
+    left_out = data.get("incomplete", [])
+    return ("incomplete", "; ".join(left_out)) if left_out else ("passed", "")
 
 
 def run_part(part: Part, machine: Machine, seconds: float, scratch: Path) -> dict[str, Any]:
-    """Run one part; its status is passed, failed, timed out or not run."""
+    """Run one part; its status is passed, incomplete, failed, timed out or not run."""
     record: dict[str, Any] = {"name": part.name, "limit_s": round(seconds, 1)}
-    if part.needs_gpu and not machine.gpu:
-        return {**record, "status": "not run", "detail": "no GPU", "seconds": 0.0, "data": None}
+    if obstacle := part.obstacle(machine):
+        return {**record, "status": "not run", "detail": obstacle, "seconds": 0.0, "data": None}
     out = scratch / f"{part.name}.json"
     command = part.command(machine, seconds, out)
     env = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
@@ -50,14 +60,9 @@ def run_part(part: Part, machine: Machine, seconds: float, scratch: Path) -> dic
         env["TRITON_INTERPRET"] = "0"  # a 1 left in the environment would run the kernels on the CPU
     finished = processes.run(command, seconds, env)
     data = read_json(out)
-    if finished.exit_code == 0:
-        status, detail = "passed", ""
-    elif finished.exit_code == processes.TIMED_OUT and finished.seconds >= seconds:
-        status, detail = "timed out", f"stopped after {finished.seconds:.0f} s"
-    else:
-        status, detail = "failed", f"exit code {finished.exit_code}"
+    status, detail = status_of(finished, data)
     record.update(status=status, detail=detail, seconds=finished.seconds, data=data)
-    if status != "passed":
+    if status in ("failed", "timed out"):
         record["output"] = finished.output[-KEPT:]
     return record
 
@@ -77,7 +82,7 @@ def run_session(
     deadline = time.monotonic() + (LIMIT - OVERHEAD if limit is None else limit)
     with TemporaryDirectory(prefix="gpu-report-") as scratch:
         for done, part in enumerate(parts):
-            reserved = sum(later.seconds for later in parts[done + 1 :] if machine.gpu or not later.needs_gpu)
+            reserved = sum(later.seconds for later in parts[done + 1 :] if not later.obstacle(machine))
             seconds = max(1.0, deadline - time.monotonic() - reserved)
             record = run_part(part, machine, seconds, Path(scratch))
             report["parts"].append(record)
@@ -110,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save() -> None:
         report["seconds"] = round(time.monotonic() - started, 1)
-        report["ok"] = all(part["status"] in ("passed", "not run") for part in report["parts"])
+        report["ok"] = all(part["status"] in ("passed", "incomplete", "not run") for part in report["parts"])
         write_json(args.out / "report.json", report)
         partial = args.out / "report.md.partial"
         partial.write_text(markdown.render(report))
@@ -126,4 +131,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    processes.end_with_commands()
     sys.exit(main())

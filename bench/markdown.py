@@ -117,10 +117,13 @@ def _tests(data: dict[str, Any]) -> list[str]:
 
 def _sanitizer(data: dict[str, Any]) -> list[str]:
     absent = [name for name, run in data["launches"].items() if "absent:" in run["output"]]
-    lines = [f"{len(data['launches']) - len(absent)} launches; not possible here: {', '.join(absent) or 'none'}."]
+    lines = [
+        f"{len(data['launches']) - len(absent)} launches; not possible here: {', '.join(absent) or 'none'}. "
+        "racecheck looks at the extension's kernels only: of Triton's it reports plain reductions as hazards."
+    ]
     for tool, run in data["tools"].items():
         if "not_run" in run:
-            lines.append(f"- {tool}: not run, {run['not_run']}")
+            lines.append(f"- **{tool}: not run**, {run['not_run']}")
         else:
             lines.append(
                 f"- {tool}: {run['findings']} findings, exit code {run['exit_code']}, {run['seconds']:.0f} s"

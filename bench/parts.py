@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.processes import GRACE
+
 SUITES = ("embed", "embedding_grad", "attention", "step")
-# A suite or the sanitizer stops itself this long before it would be stopped.
-MARGIN = 6.0
+# The sanitizer stops itself this long before it would be stopped: its commands are given a grace to end, one after
+# the other, and what they said must still be written.
+MARGIN = 3 * GRACE + 3
 LIMIT = 540.0  # seconds that a whole session may take
 OVERHEAD = 14.0  # of it for reading the environment and writing the report
 
@@ -20,6 +24,7 @@ class Machine:
     """What a part's command depends on. ``capability`` is like ``"90"``, None without a GPU."""
 
     capability: str | None
+    triton: bool = True
 
     @property
     def gpu(self) -> bool:
@@ -35,6 +40,7 @@ class Part:
         seconds: its share of the session; what parts before it left over comes on top.
         command: from the machine, the seconds it may take and the file its result goes to.
         needs_gpu: not run without one.
+        needs_triton: not run where it is not installed.
         without_gpu_only: stands in for what a GPU would show, and is left out where there is one.
     """
 
@@ -43,6 +49,24 @@ class Part:
     command: Callable[[Machine, float, Path], list[str]]
     needs_gpu: bool = False
     without_gpu_only: bool = False
+    needs_triton: bool = False
+
+    def obstacle(self, machine: Machine) -> str:
+        """Why this part cannot run there; "" if it can."""
+        if self.needs_gpu and not machine.gpu:
+            return "no GPU"
+        return "triton is not installed" if self.needs_triton and not machine.triton else ""
+
+
+def this_machine() -> Machine:
+    """The first GPU's compute capability, as PyTorch sees it, and whether there is a Triton."""
+    import torch
+
+    triton = importlib.util.find_spec("triton") is not None
+    if not torch.cuda.is_available():
+        return Machine(None, triton)
+    major, minor = torch.cuda.get_device_capability(0)
+    return Machine(f"{major}{minor}", triton)
 
 
 def _module(name: str, out: Path, *args: str) -> list[str]:
@@ -56,7 +80,7 @@ def _build(machine: Machine, seconds: float, out: Path) -> list[str]:  # noqa: A
 def _resources(machine: Machine, seconds: float, out: Path) -> list[str]:
     targets = ["--targets", f"sm_{machine.capability}"] if machine.capability else []
     jobs = str(max(2, (os.cpu_count() or 1) // 2))
-    return _module("resources", out, *targets, "--thin", "--jobs", jobs, "--seconds", f"{seconds - 3 * MARGIN:.0f}")
+    return _module("resources", out, *targets, "--thin", "--jobs", jobs, "--seconds", f"{seconds - 1.5 * MARGIN:.0f}")
 
 
 def _tests(machine: Machine, seconds: float, out: Path) -> list[str]:  # noqa: ARG001
@@ -93,7 +117,7 @@ PARTS: tuple[Part, ...] = (
     Part("embedding_grad", 45, _suite("embedding_grad")),
     Part("attention", 50, _suite("attention")),
     Part("step", 75, _suite("step")),
-    Part("resources", 0, _resources, without_gpu_only=True),
+    Part("resources", 0, _resources, without_gpu_only=True, needs_triton=True),
     # Last: it takes whatever the others have left, and its record is useful however far it got.
     Part("tests", 146, _tests, needs_gpu=True),
 )

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -32,6 +31,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bench.files import write_json
 
 PACKAGE = "embedkernels.kernels"
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")  # what must always compile; sm_86, sm_89 and sm_120 on request
@@ -415,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
             "out_of_time": missing,
             "seconds": round(time.perf_counter() - started, 1),
         }
-        args.out.write_text(json.dumps(report, indent=1))
+        write_json(args.out, report)
     print(table(results))
     if missing:
         print(f"\nThere was no time for {missing} more.")

@@ -4,8 +4,12 @@
     python -m bench.sanitize --launch                 # the launches alone, in this process
 
 First every launch runs in a process of its own, several at a time: that compiles the kernels into Triton's cache and
-says which launch is at fault if one crashes. Then one process runs them all under each tool. Inputs are made and
-results compared on the CPU, so that hardly any kernel but ours is instrumented.
+says which launch is at fault if one crashes. Then one process runs them all under memcheck, and one those of the
+extension under racecheck. Inputs are made and results compared on the CPU, so that hardly any kernel but ours is
+instrumented.
+
+racecheck is kept to kernels whose barriers are ours. A Triton kernel's are the compiler's, and of those racecheck
+reports even plain reductions, in which several warps write the same value to one place (triton-lang/triton#7264).
 """
 
 from __future__ import annotations
@@ -24,17 +28,19 @@ from typing import Any
 
 from bench import processes
 from bench.files import write_json
+from bench.processes import Finished
 
-TOOLS = {
-    "memcheck": ["--tool", "memcheck"],
-    "racecheck": ["--tool", "racecheck"],
-}
+TOOLS = ("memcheck", "racecheck")
+RACECHECKED = "embedding_grad extension"  # what the names of the launches under racecheck begin with
 # What both tools print last. Warnings of racecheck are hazards that it cannot prove harmful: they count.
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed")
 ERRORS_FOUND = 86
 # What the names of our kernels contain, mangled or not.
 OUR_KERNELS = ("embed", "attention")
 KEPT = 4000  # characters of output in the report
+# Virtualised GPUs may keep debuggers out. The application then runs, or not, but nothing is checked.
+REFUSED = re.compile(r"^=+ .*device not supported", re.IGNORECASE | re.MULTILINE)
+ENOUGH = 20.0  # seconds in which one launch must end, and without which no tool is started
 
 
 def launches() -> dict[str, Callable[[Any], None]]:
@@ -180,13 +186,13 @@ def launches() -> dict[str, Callable[[Any], None]]:
     }
 
 
-def launch(device_name: str, only: str | None) -> int:
+def launch(device_name: str, only: list[str] | None) -> int:
     """Run the launches in this process; prints a line for each and returns how many failed."""
     import torch
 
     failed = 0
     for name, call in launches().items():
-        if only not in (None, name):
+        if only and name not in only:
             continue
         torch.manual_seed(0)
         try:
@@ -216,15 +222,18 @@ def find_sanitizer() -> str | None:
     return on_path or next(iter(found), None)
 
 
-def _run(command: list[str], deadline: float, **env: str) -> dict[str, Any]:
-    return asdict(processes.run(command, deadline - time.monotonic(), env))
-
-
-def only_ours(sanitizer: str) -> list[str]:
-    """Options that leave other people's kernels alone; older tools name the option differently."""
-    known = processes.run([sanitizer, "--help"], 20).output
-    option = "--kernel-name" if "--kernel-name " in known else "--kernel-regex"
-    return [part for substring in OUR_KERNELS for part in (option, f"kns={substring}")]
+def options_of(known: str, tool: str) -> list[str]:
+    """A tool's options, of those that ``known``, the sanitizer's help text, lists."""
+    wanted = ["--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20", "--launch-timeout", "60"]
+    # Compilers that a launch starts are not what is looked at.
+    if "--target-processes " in known:
+        wanted += ["--target-processes", "application-only"]
+    # PyTorch asks the driver for things that older ones do not have, and copes with the errors.
+    if tool == "memcheck" and "--report-api-errors " in known:
+        wanted += ["--report-api-errors", "no"]
+    # Other people's kernels are left alone; older tools name the option differently.
+    name = "--kernel-name" if "--kernel-name " in known else "--kernel-regex"
+    return [*wanted, *(part for substring in OUR_KERNELS for part in (name, f"kns={substring}"))]
 
 
 def findings(output: str) -> int | None:
@@ -233,10 +242,45 @@ def findings(output: str) -> int | None:
     return sum(counts) if counts else None
 
 
+def judged(tool: str, done: Finished) -> tuple[dict[str, Any], str]:
+    """A tool's entry in the report, and what is wrong; "" if nothing is."""
+    found = findings(done.output)
+    entry: dict[str, Any] = {**asdict(done), "findings": found, "output": done.output[-KEPT:]}
+    if REFUSED.search(done.output):
+        return {**entry, "findings": None, "not_run": "the tool refuses this device"}, ""
+    if done.timed_out and not found:
+        return {**entry, "not_run": f"out of time after {done.seconds:.0f} s"}, ""
+    if done.exit_code or found != 0:
+        return entry, f"{tool}: {found} findings, exit code {done.exit_code}"
+    return entry, ""
+
+
+def run_launches(
+    names: list[str], command: list[str], deadline: float
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Every launch in a process of its own: the entries of the report, the problems, what there was no time for."""
+    entries, problems, late = {}, [], []
+
+    def one(name: str) -> tuple[float, Finished]:
+        seconds = deadline - time.monotonic()
+        return seconds, processes.run([*command, "--only", name], seconds)
+
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1, 8)) as pool:
+        for name, (seconds, done) in zip(names, pool.map(one, names), strict=True):
+            entries[name] = {**asdict(done), "output": done.output[-KEPT:]}
+            said = next((text for text in done.output.splitlines() if text.startswith(("ok:", "absent:"))), "")
+            if done.timed_out and seconds < ENOUGH:
+                late.append(name)
+            elif done.exit_code or not said:
+                what = f"stopped after {done.seconds:.0f} s; " if done.timed_out else ""
+                problems.append(f"{name}: {what}{done.output.strip()[-500:]}")
+    return entries, problems, late
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--launch", action="store_true", help="only run the launches, in this process")
-    parser.add_argument("--only", help="one launch by name")
+    parser.add_argument("--only", action="append", help="one launch by name; may be repeated")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--out", type=Path)
@@ -246,43 +290,44 @@ def main(argv: list[str] | None = None) -> int:
 
     deadline = time.monotonic() + args.seconds
     command = [sys.executable, "-m", "bench.sanitize", "--launch", "--device", args.device]
-    names = [name for name in launches() if args.only in (None, name)]
-    result: dict[str, Any] = {"launches": {}, "tools": {}, "problems": []}
-    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1, 8)) as pool:
-        runs = pool.map(lambda name: _run([*command, "--only", name], deadline), names)
-        for name, done in zip(names, runs, strict=True):
-            line = next((text for text in done["output"].splitlines() if text.startswith(("ok:", "absent:"))), "")
-            result["launches"][name] = {**done, "output": done["output"][-KEPT:]}
-            if done["exit_code"] or not line:
-                result["problems"].append(f"{name}: {done['output'].strip()[-500:]}")
+    unknown = sorted(set(args.only or []) - set(launches()))
+    if unknown:
+        parser.error(f"--only: there is no {', '.join(unknown)}; expected some of {', '.join(launches())}")
+    names = [name for name in launches() if not args.only or name in args.only]
+    result: dict[str, Any] = {"launches": {}, "tools": {}, "problems": [], "incomplete": []}
+    result["launches"], result["problems"], late = run_launches(names, command, deadline)
+    result["incomplete"] += [f"{name}: out of time" for name in late]
     if args.out:
         write_json(args.out, result)
 
     sanitizer = find_sanitizer() if args.device == "cuda" else None
-    if sanitizer is None:
-        reason = "compute-sanitizer was not found" if args.device == "cuda" else "no GPU"
+    reason = ""
+    if args.device != "cuda":
+        reason = "no GPU"
+    elif sanitizer is None:
+        reason = "compute-sanitizer was not found"
+        result["problems"].append(reason)
+    elif deadline - time.monotonic() < ENOUGH:
+        reason = "out of time"
+    if reason or sanitizer is None:
         result["tools"] = {tool: {"not_run": reason} for tool in TOOLS}
-        if args.device == "cuda":
-            result["problems"].append(reason)
     else:
-        options = ["--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20", "--launch-timeout", "60"]
-        options += only_ours(sanitizer)
+        known = processes.run([sanitizer, "--help"], 10).output
 
-        def sanitized(tool: str) -> dict[str, Any]:
+        def sanitized(tool: str) -> Finished:
+            chosen = [name for name in names if tool == "memcheck" or name.startswith(RACECHECKED)]
+            only = [part for name in chosen or names for part in ("--only", name)]
             # Without PyTorch's pool every tensor is an allocation of its own, and leaving it is an error.
-            return _run(
-                [sanitizer, *TOOLS[tool], *options, *command, *(["--only", args.only] if args.only else [])],
-                deadline,
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            )
+            env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            call = [sanitizer, "--tool", tool, *options_of(known, tool), *command, *only]
+            return processes.run(call, deadline - time.monotonic(), env)
 
         with ThreadPoolExecutor(len(TOOLS)) as pool:
             for tool, done in zip(TOOLS, pool.map(sanitized, TOOLS), strict=True):
-                found = findings(done["output"])
-                result["tools"][tool] = {**done, "findings": found, "output": done["output"][-KEPT:]}
-                if done["exit_code"] or found != 0:
-                    what = "out of time" if done["exit_code"] == processes.TIMED_OUT else f"{found} findings"
-                    result["problems"].append(f"{tool}: {what}, exit code {done['exit_code']}")
+                result["tools"][tool], problem = judged(tool, done)
+                result["problems"] += [problem] if problem else []
+    if args.device == "cuda":
+        result["incomplete"] += [f"{t}: {e['not_run']}" for t, e in result["tools"].items() if "not_run" in e]
     if args.out:
         write_json(args.out, result)
     for problem in result["problems"]:
@@ -291,4 +336,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    processes.end_with_commands()
     sys.exit(main())

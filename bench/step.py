@@ -61,23 +61,35 @@ def make_batch(case: cases.StepCase, device: torch.device) -> dict[str, Tensor]:
     return {name: t.to(device) for name, t in batch.items()}
 
 
+class Wrong(Exception):
+    """A model computes something else than the stock model."""
+
+
 class StepRunner:
     """Runs the cases of ``cases.STEP``; see ``bench.suites.Runner``."""
 
+    waves = (0, 1)  # stock and ours; torch.compile
+
     def __init__(self, device: torch.device, seconds: float, tiny: bool) -> None:
         self.device, self.tiny = device, tiny
+        self.yardsticks: dict[str, dict[str, check.Errors]] = {}
+        self.losses: dict[str, float] = {}  # of stock's first training steps
         self.deadline = time.monotonic() + seconds
         self.watch = Stopwatch(device, flush=False)
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
+    def left_out(self, case: cases.StepCase, wave: int) -> list[str]:
+        """Names of the rivals of a wave."""
+        return [COMPILED] if wave and case.compiled else []
+
     def autocast(self, case: cases.StepCase) -> contextlib.AbstractContextManager[Any]:
         if case.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def rivals(self, case: cases.StepCase, record: dict[str, Any]) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    def rivals(self, record: dict[str, Any]) -> dict[str, Callable[[nn.Module], nn.Module]]:
         """How each rival changes a copy of the stock model."""
 
         def patched(model: nn.Module) -> nn.Module:
@@ -88,10 +100,7 @@ class StepRunner:
             model.compile(dynamic=False, backend="aot_eager" if self.tiny else "inductor")
             return model
 
-        found: dict[str, Callable[[nn.Module], nn.Module]] = {STOCK: lambda model: model, "ours": patched}
-        if case.compiled:
-            found[COMPILED] = compiled
-        return found
+        return {STOCK: lambda model: model, "ours": patched, COMPILED: compiled}
 
     def outcome(self, model: nn.Module, batch: dict[str, Tensor], case: cases.StepCase | None) -> dict[str, Tensor]:
         """Logits and gradients in evaluation mode."""
@@ -123,17 +132,25 @@ class StepRunner:
 
         return steps
 
-    def run(self, case: cases.StepCase, record: dict[str, Any], save: Callable[[], None]) -> None:
-        """Check and time one case. The slow-to-build rivals come last and the figures so far are saved before."""
-        from bench.suites import reason
+    def run(self, case: cases.StepCase, record: dict[str, Any], wave: int) -> None:
+        """Check one case's rivals of a wave and time them with those before; ``record`` has what is known at once."""
+        from bench.suites import not_reached, reason
 
+        if wave and not case.compiled:
+            return
         stock, batch = make_model(case, self.device), make_batch(case, self.device)
-        expected = self.outcome(copy.deepcopy(stock).double(), batch, None)
+        expected = {} if wave else self.outcome(copy.deepcopy(stock).double(), batch, None)
+        if self.late():
+            not_reached(self, case, record, wave)
+            return
         record["floors"] = {"step": {"bytes": 0, "flops": flops(stock, case)}}
-        yardstick: dict[str, check.Errors] = {}
-        losses: list[float] = []
+        status = {entry["rival"]: entry["status"] for entry in record["rivals"]}
         ready: dict[str, Callable[[], Tensor]] = {}
-        for name, change in self.rivals(case, record).items():
+        for name, change in self.rivals(record).items():
+            if wave and status.get(name) == "ok":
+                ready[name] = self.stepper(change(copy.deepcopy(stock)), batch, case)
+            if (name == COMPILED) != bool(wave):
+                continue
             ours = name == "ours"
             entry: dict[str, Any] = {"rival": name, "ours": ours, "required": ours, "passes": {}, "detail": ""}
             record["rivals"].append(entry)
@@ -142,42 +159,55 @@ class StepRunner:
                 continue
             started = time.monotonic()
             try:
-                model = change(copy.deepcopy(stock))
-                wrong = ""
-                if name == COMPILED:
-                    # Its evaluation mode would be compiled as well, for as long again as its training mode.
-                    entry["detail"] = "checked by its training loss only"
-                else:
-                    result = self.outcome(model, batch, case)
-                    if name == STOCK:
-                        yardstick.update(check.measure_yardstick(result, expected))
-                    elif not yardstick:
-                        raise RuntimeError(f"no yardstick: {record['rivals'][0]['detail']}")
-                    limit = check.OUR_LIMIT if ours else check.RIVAL_LIMIT
-                    verdict = check.judge(result, expected, yardstick, limit)
-                    wrong, entry["error_ratios"] = verdict.detail, verdict.ratios
-                if not wrong:
-                    steps = self.stepper(model, batch, case)
-                    losses.append(float(steps()))
-                    if not abs(losses[-1] - losses[0]) <= LOSS_MARGIN:
-                        wrong = f"training loss {losses[-1]:.4f}, stock {losses[0]:.4f}"
-                if wrong:
-                    entry.update(status="wrong", detail=wrong)
-                else:
-                    entry["status"] = "ok"
-                    ready[name] = steps
+                ready[name] = self.checked(name, change(copy.deepcopy(stock)), batch, case, expected, entry)
+                entry["status"] = "ok"
+            except Wrong as error:
+                entry.update(status="wrong", detail=str(error))
             except Exception as error:
                 entry.update(status="refused", detail=reason(error))
             entry["seconds_to_ready"] = round(time.monotonic() - started, 2)
-            if ours:
-                self.timed(ready, record, case)
-                save()
-        if any(entry["rival"] in ready and not entry["passes"] for entry in record["rivals"]):
+        if not wave or COMPILED in ready:
             self.timed(ready, record, case)
         ready.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def checked(
+        self,
+        name: str,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        case: cases.StepCase,
+        expected: dict[str, Tensor],
+        entry: dict[str, Any],
+    ) -> Callable[[], Tensor]:
+        """A rival's training steps, if its results are right. The stock model, which comes first, sets the yardstick.
+
+        Raises:
+            Wrong: they are not.
+        """
+        yardstick = self.yardsticks.setdefault(case.name, {})
+        if name == COMPILED:
+            # Its evaluation mode would be compiled as well, for as long again as its training mode.
+            entry["detail"] = "checked by its training loss only"
+        else:
+            result = self.outcome(model, batch, case)
+            if name == STOCK:
+                yardstick.update(check.measure_yardstick(result, expected))
+            elif not yardstick:
+                raise RuntimeError("no yardstick: the stock model has no result")
+            limit = check.OUR_LIMIT if name == "ours" else check.RIVAL_LIMIT
+            verdict = check.judge(result, expected, yardstick, limit)
+            entry["error_ratios"] = verdict.ratios
+            if not verdict.ok:
+                raise Wrong(verdict.detail)
+        steps = self.stepper(model, batch, case)
+        loss = float(steps())
+        stock = self.losses.setdefault(case.name, loss)
+        if not abs(loss - stock) <= LOSS_MARGIN:
+            raise Wrong(f"training loss {loss:.4f}, stock {stock:.4f}")
+        return steps
 
     def timed(self, ready: dict[str, Callable[[], Tensor]], record: dict[str, Any], case: cases.StepCase) -> None:
         samples = self.watch.interleaved(ready, 0.0 if self.tiny else 1.5 * len(ready), 2 if self.tiny else 8, 30)

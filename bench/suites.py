@@ -3,7 +3,9 @@
     python -m bench.suites attention --out attention.json            # on the GPU there is
     python -m bench.suites attention --device cpu --tiny --out dry.json
 
-A result that is wrong is marked and not timed. What there was no time for is listed.
+A result that is wrong is marked and not timed. What there was no time for is listed: first the yardstick and ours
+run in every case, then one wave of rivals after the other. In each wave all that are right so far are timed again, so
+that the figures of a case that stand side by side were taken in turns.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import embedkernels as ek
 from bench import cases, check, environment, rivals
 from bench.files import write_json
 from bench.rivals import Prepared, Rival
-from bench.timing import Stopwatch, ceilings, summary
+from bench.timing import CaptureLeak, Stopwatch, ceilings, summary
 from embedkernels.ops.backend import choose
 
 SEED = 20261
@@ -197,6 +199,9 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]
 
 
+OUT_OF_TIME = "out of time"
+
+
 class Runner:
     """Runs a suite's cases until its time is up.
 
@@ -206,6 +211,9 @@ class Runner:
         seconds: after which nothing new is started.
         tiny: shrink every case, for a dry run.
         per_case: seconds of timing per case and pass.
+
+    Attributes:
+        waves: in which its rivals run, ascending; the first has the yardstick and ours.
     """
 
     def __init__(self, name: str, device: torch.device, seconds: float, tiny: bool, per_case: float = 0.6) -> None:
@@ -214,29 +222,51 @@ class Runner:
         self.per_case, self.most = (0.0, 2) if tiny else (per_case, 60)
         self.watch = Stopwatch(device)
         self.rivals = self.suite.rivals(tiny)
+        self.waves = sorted({rival.wave for rival in self.rivals})
+        self.yardsticks: dict[str, dict[str, check.Errors]] = {}
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def run(self, case: Any, record: dict[str, Any], save: Callable[[], None]) -> None:  # noqa: ARG002
-        """Check and time one case; what is known goes into ``record`` at once."""
+    def left_out(self, case: Any, wave: int) -> list[str]:  # noqa: ARG002
+        """Names of the rivals of a wave."""
+        return [rival.name for rival in self.rivals if rival.wave == wave]
+
+    def run(self, case: Any, record: dict[str, Any], wave: int) -> None:
+        """Check a case's rivals of a wave, time them and those before; what is known goes into ``record`` at once."""
         x = self.suite.inputs(case, self.device)
         expected = self.suite.expected(x)
-        yardstick: dict[str, check.Errors] = {}
+        if self.late():
+            not_reached(self, case, record, wave)
+            return
+        yardstick = self.yardsticks.setdefault(case.name, {})
+        status = {entry["rival"]: entry["status"] for entry in record["rivals"]}
         ready: dict[str, Prepared] = {}
         for rival in self.rivals:
-            if not yardstick and rival is not self.rivals[0]:
-                raise RuntimeError(f"no yardstick: {record['rivals'][0]['detail']}")
+            if rival.wave < wave and status[rival.name] == "ok":
+                ready[rival.name] = rival.build(x, case.dropout)
+            if rival.wave != wave:
+                continue
             entry, prepared = self.checked(rival, case, x, expected, yardstick)
             record["rivals"].append(entry)
             if prepared is not None:
                 ready[rival.name] = prepared
+            if not yardstick and entry["status"] == "not run":
+                not_reached(self, case, record, wave)
+                return
+            if not yardstick:
+                raise RuntimeError(f"no yardstick: {entry['detail']}")
         del expected
         self.collect()
+        if wave and not any(rival.wave == wave and rival.name in ready for rival in self.rivals):
+            return
         floors = self.suite.floors(case, x)
         record["floors"] = {name: {"bytes": b, "flops": f} for name, (b, f) in floors.items()}
         for name in floors:
             self.timed(name, ready, record)
+        if self.device.type == "cuda":
+            for name in floors:
+                self.replayed(name, ready, record)
 
     def checked(
         self,
@@ -249,7 +279,7 @@ class Runner:
         """A rival's entry, and its calls if its results are right. The first rival fills in the yardstick."""
         entry: dict[str, Any] = {"rival": rival.name, "ours": rival.ours, "required": rival.required, "passes": {}}
         if self.late():
-            return {**entry, "status": "not run", "detail": "out of time"}, None
+            return {**entry, "status": "not run", "detail": OUT_OF_TIME}, None
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
@@ -284,20 +314,30 @@ class Runner:
         samples = self.watch.interleaved(calls, self.per_case * len(calls), 2 if self.tiny else 10, self.most)
         entries = {entry["rival"]: entry["passes"] for entry in record["rivals"]}
         for rival, call in calls.items():
+            before = entries[rival].get(name, {})
             entries[rival][name] = {
+                **{key: before[key] for key in ("graph_us", "graph_problem") if key in before},
                 **summary(samples[rival]),
                 "host_us": self.watch.host(call),
                 "peak_bytes": self.watch.peak_bytes(call),
             }
-        if self.device.type != "cuda" or self.late():
-            return
-        for rival, call in calls.items():
+
+    def replayed(self, name: str, ready: dict[str, Prepared], record: dict[str, Any]) -> None:
+        """Fill in the times of one pass replayed from CUDA graphs, where they are not known yet."""
+        entries = {entry["rival"]: entry["passes"] for entry in record["rivals"]}
+        for rival, prepared in ready.items():
+            call, found = getattr(prepared, name), entries[rival].get(name)
+            if self.late() or call is None or found is None or "graph_us" in found or "graph_problem" in found:
+                continue
             try:
                 replay = self.watch.captured(call)
                 times = self.watch.interleaved({rival: replay}, 0.0, 15, 15)[rival]
-                entries[rival][name]["graph_us"] = summary(times)["median_us"]
+                found["graph_us"] = summary(times)["median_us"]
+                del replay
+            except CaptureLeak:
+                raise
             except Exception as error:  # not capturable is a finding about the rival, not a fault of the run
-                entries[rival][name]["graph_problem"] = reason(error)
+                found["graph_problem"] = reason(error)
             self.collect()
 
     def collect(self) -> None:
@@ -319,15 +359,42 @@ def problems(records: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def not_reached(runner: Any, case: Any, record: dict[str, Any], wave: int, why: str = OUT_OF_TIME) -> None:
+    """Say of a case, or of its rivals of a later wave, that they did not run."""
+    if wave == runner.waves[0]:
+        record["not_run"] = why
+        return
+    for name in runner.left_out(case, wave):
+        entry = {"rival": name, "ours": False, "required": False, "passes": {}, "status": "not run", "detail": why}
+        record["rivals"].append(entry)
+
+
+def incomplete(records: list[dict[str, Any]]) -> list[str]:
+    """What there was no time for, counted."""
+    cases_left = sum("not_run" in record for record in records)
+    rivals_left = sum(entry["status"] == "not run" for record in records for entry in record["rivals"])
+    return [
+        f"{count} of {len(records)} cases" if what == "cases" else f"{count} rivals of the other cases"
+        for what, count in (("cases", cases_left), ("rivals", rivals_left))
+        if count
+    ]
+
+
 def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Callable[[dict[str, Any]], None]) -> bool:
     """Run a suite; ``save`` gets the whole result whenever it grows. True if nothing of ours failed."""
     runner: Any
+    todo: tuple[Any, ...]
     if name == "step":
         from bench.step import StepRunner
 
         runner, todo = StepRunner(device, seconds, tiny), cases.STEP
     else:
         runner, todo = Runner(name, device, seconds, tiny), SUITES[name].cases
+    todo = tuple(case.tiny() for case in todo) if tiny else todo
+    records: list[dict[str, Any]] = [
+        {"name": case.name, "case": asdict(case), "rivals": [], "seconds": 0.0, "not_run": "not reached"}
+        for case in todo
+    ]
     result: dict[str, Any] = {
         "suite": name,
         "device": str(device),
@@ -335,28 +402,39 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
         "absent_rivals": rivals.absent(),
         "ceilings": ceilings(device, tiny),
         "backends": {op: asdict(choose(op, device)) for op in ("embed", "embedding_grad", "attention")},
-        "cases": [],
+        "cases": records,
         "problems": [],
+        "incomplete": [],
+        "may_be_stopped": False,
     }
-    for case in todo:
-        case = case.tiny() if tiny else case
-        record: dict[str, Any] = {"name": case.name, "case": asdict(case), "rivals": []}
-        result["cases"].append(record)
-        if runner.late():
-            record["not_run"] = "out of time"
-            continue
-        started = time.monotonic()
-        try:
-            runner.run(case, record, lambda: save(result))
-            ek.check_errors()
-        except Exception as error:  # the next case may still work
-            record["error"] = reason(error)
-            print(traceback.format_exc(), file=sys.stderr)
-        if device.type == "cuda":
-            record["clocks"] = environment.clocks()
-        record["seconds"] = round(time.monotonic() - started, 2)
-        result["problems"] = problems(result["cases"])
-        save(result)
+    broken = ""
+    for wave in runner.waves:
+        # After the first wave every case has the yardstick and ours: whatever else is under way may be stopped.
+        result["may_be_stopped"] = wave > runner.waves[0]
+        for case, record in zip(todo, records, strict=True):
+            if wave == runner.waves[0]:
+                del record["not_run"]
+            elif "not_run" in record or "error" in record:
+                continue
+            started = time.monotonic()
+            if broken or runner.late():
+                not_reached(runner, case, record, wave, broken or OUT_OF_TIME)
+            else:
+                save(result)
+                try:
+                    runner.run(case, record, wave)
+                    ek.check_errors()
+                except CaptureLeak as error:
+                    broken = reason(error)
+                except Exception as error:  # the next case may still work
+                    record["error"] = reason(error)
+                    print(traceback.format_exc(), file=sys.stderr)
+                if device.type == "cuda":
+                    record["clocks"] = environment.clocks()
+            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 2)
+            result["problems"], result["incomplete"] = problems(records), incomplete(records)
+            if broken:
+                result["incomplete"].append(broken)
     save(result)
     return not result["problems"]
 

@@ -10,6 +10,7 @@ Three clocks, because they answer different questions:
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +35,10 @@ def summary(samples: list[float]) -> dict[str, Any]:
         "p90_us": ordered[round(0.9 * last)],
         "samples_us": [round(sample, 3) for sample in samples],
     }
+
+
+class CaptureLeak(RuntimeError):
+    """A capture failed and PyTorch could not be brought back: nothing that this process measures is to be trusted."""
 
 
 class Stopwatch:
@@ -107,22 +112,67 @@ class Stopwatch:
         return statistics.median(times)
 
     def captured(self, call: Call) -> Call:
-        """A call that replays a CUDA graph of ``call``. Raises what the capture raises."""
+        """A call that replays a CUDA graph of ``call``.
+
+        Raises:
+            CaptureLeak: the capture failed and left PyTorch unusable.
+            Exception: whatever else kept it from being captured.
+        """
+        current = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        current.wait_stream(side)
+        self._refuse_waiting(call)
+        pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                kept = call()
+        except BaseException as error:
+            self._leave_capture(current, graph, pool, error)
+            raise
 
         def replay() -> Any:
             graph.replay()
             return kept  # the graph's outputs must outlive its replays
 
         return replay
+
+    def _refuse_waiting(self, call: Call) -> None:
+        """Raise if ``call`` makes the host wait for the device: known beforehand, that costs no failed capture."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def _leave_capture(self, current: Any, graph: Any, pool: Any, error: BaseException) -> None:
+        """Undo what a failed capture leaves behind.
+
+        ``torch.cuda.graph`` ends the capture first, which raises if the capture is invalid, and then neither restores
+        the stream, nor takes the allocator off the graph's pool (it then refuses to empty its cache), nor tells the
+        random generator that the capture is over (it then refuses to draw).
+        """
+        torch.cuda.set_stream(current)
+        try:
+            graph.reset()
+            for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with contextlib.suppress(RuntimeError):  # nothing to undo where the capture ended or never began
+                    undo(current.device_index, pool)
+            # A capture that ends well takes the generator out of the one that did not.
+            scratch = torch.zeros(1, device=self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                scratch.add_(1)
+            torch.rand(1, device=self.device)
+            torch.cuda.empty_cache()
+            self.synchronize()
+        except Exception as left:
+            torch.cuda.set_stream(current)
+            raise CaptureLeak(f"a failed capture ({error}) could not be undone: {left}") from error
 
     def peak_bytes(self, call: Call) -> int | None:
         """Most memory allocated during a call, beyond what was there before; None on a CPU."""

@@ -132,6 +132,50 @@ def test_a_part_out_of_time_is_stopped_and_keeps_what_it_had(monkeypatch: pytest
     assert "half done" in text
 
 
+def timed_out(tmp_path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    part = Part("tests", 1, script(write(result) + "import time\ntime.sleep(600)"))
+    return gpu_report.run_part(part, GPU, 1.0, tmp_path)
+
+
+def test_a_stop_when_all_that_matters_is_done_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counts = {"passed": 3, "failed": 0, "skipped": 0}
+    tests = {"counts": counts, "selected": 9, "processes": 1, "finished": False, "running": ["a"], "failures": {}}
+    part = Part("tests", 1, script(write({**tests, "may_be_stopped": True}) + "import time\ntime.sleep(600)"))
+    monkeypatch.setattr(gpu_report, "LIMIT", gpu_report.OVERHEAD + 1.5)
+    code, report, text = session(monkeypatch, tmp_path / "out", [part])
+    assert (code, report["ok"], report["parts"][0]["status"]) == (0, True, "incomplete")
+    assert "| tests | **incomplete**: stopped after" in text
+    assert "(6 not reached)" in text
+    assert timed_out(tmp_path, {"may_be_stopped": False})["status"] == "timed out"
+    assert timed_out(tmp_path, {"may_be_stopped": True, "problems": ["a"]})["status"] == "timed out"
+
+
+def test_a_part_stopped_just_before_the_second_is_called_stopped(tmp_path: Path) -> None:
+    """The seconds that a command took are rounded: 1.04 s of 1.04 s are 1.0."""
+    part = Part("embed", 1, script("import time\ntime.sleep(600)"))
+    assert gpu_report.run_part(part, GPU, 1.04, tmp_path)["status"] == "timed out"
+    own = Part("embed", 1, script(f"import sys\nsys.exit({processes.TIMED_OUT})"))
+    record = gpu_report.run_part(own, GPU, 0.5, tmp_path)
+    assert (record["status"], record["detail"]) == ("failed", "exit code 124")
+
+
+def test_what_a_part_left_out_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    part = Part("embed", 20, script(write({**SUITE, "incomplete": ["3 of 7 cases"]})))
+    code, _, text = session(monkeypatch, tmp_path, [part])
+    assert code == 0
+    assert "| embed | **incomplete**: 3 of 7 cases |" in text
+
+
+def test_without_triton_its_part_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    resources = next(part for part in parts.PARTS if part.name == "resources")
+    code, report, text = session(monkeypatch, tmp_path, [resources], Machine(None, triton=False))
+    assert code == 0
+    assert (report["parts"][0]["status"], report["parts"][0]["detail"]) == ("not run", "triton is not installed")
+    assert "| resources | not run: triton is not installed |" in text
+    monkeypatch.setattr(parts.importlib.util, "find_spec", lambda _: None)
+    assert not parts.this_machine().triton
+
+
 def test_time_that_is_left_over_goes_to_the_next_parts(tmp_path: Path) -> None:
     report: dict[str, Any] = {"parts": []}
     chosen = [Part("embed", 20, script("")), NEEDS_GPU, Part("step", 30, script(""))]
@@ -206,6 +250,22 @@ def test_a_stopped_command_takes_its_children_along(tmp_path: Path) -> None:
     assert finished.exit_code == processes.TIMED_OUT
     assert finished.seconds < 5
     time.sleep(2.5)
+    assert not marker.exists()
+
+
+def test_a_stopped_command_takes_the_commands_of_its_commands_along(tmp_path: Path) -> None:
+    marker = tmp_path / "alive"
+    grandchild = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"
+    code = (
+        "import sys\nfrom concurrent.futures import ThreadPoolExecutor\nfrom bench import processes\n"
+        "processes.end_with_commands()\n"
+        f"call = [sys.executable, '-c', {grandchild!r}]\n"
+        "with ThreadPoolExecutor(1) as pool:\n    list(pool.map(lambda _: processes.run(call, 600), range(3)))"
+    )
+    finished = processes.run([sys.executable, "-c", code], 2.0)
+    assert finished.timed_out
+    assert finished.seconds < 2.0 + processes.GRACE, "it must not wait to be killed"
+    time.sleep(4)
     assert not marker.exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 from bench import gpu_tests
 from bench.environment import ROOT
 
+MARK = "mark." + "gpu"  # in two pieces, for this file is left out itself
 TESTS = """
 import pytest, time
 def test_good(): pass
@@ -72,6 +73,7 @@ def test_a_run_that_was_stopped(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     check(result)
     assert not result["finished"]
+    assert not result["may_be_stopped"], "two had failed"
     assert result["counts"]["passed"] == 1
     assert [name.rpartition("::")[2] for name in result["running"]] == ["test_endless"]
 
@@ -100,3 +102,20 @@ def test_tests_that_need_a_gpu_come_first() -> None:
 def test_what_is_left_out_exists() -> None:
     assert [place for place in gpu_tests.LEFT_OUT if not (ROOT / place).exists()] == []
     assert [place for place in gpu_tests.FIRST if not (ROOT / place).is_dir()] == []
+
+
+def test_nothing_that_needs_a_gpu_is_left_out() -> None:
+    """What is left out never runs on a GPU: a test that needs one would never run at all."""
+    paths = [ROOT / place for place in gpu_tests.LEFT_OUT]
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    assert [str(file.relative_to(ROOT)) for file in files if MARK in file.read_text()] == []
+    assert MARK in (ROOT / "tests/bench/test_timing.py").read_text(), "the mark is not written like this any more"
+
+
+def test_a_run_without_failures_may_be_stopped(tmp_path: Path) -> None:
+    recorder = gpu_tests.Recorder(tmp_path / "tests.json", 1)
+    assert not recorder.result()["may_be_stopped"], "nothing has passed yet"
+    recorder.counts["passed"] = 1
+    assert recorder.result()["may_be_stopped"]
+    recorder.counts["failed"] = 1
+    assert not recorder.result()["may_be_stopped"]

@@ -20,14 +20,12 @@ CASE = dataclasses.replace(cases.STEP[1], compiled=False).tiny()
 def run(monkeypatch: pytest.MonkeyPatch, change: Any, case: cases.StepCase = CASE) -> dict[str, Any]:
     """One case in which "ours" is what ``change`` makes of the stock model."""
 
-    def rivals(self: step.StepRunner, case: cases.StepCase, record: dict[str, Any]) -> dict[str, Any]:
+    def rivals(self: step.StepRunner, record: dict[str, Any]) -> dict[str, Any]:
         return {step.STOCK: lambda model: model, "ours": change}
 
     monkeypatch.setattr(step.StepRunner, "rivals", rivals)
     record: dict[str, Any] = {"name": case.name, "rivals": []}
-    saved: list[int] = []
-    step.StepRunner(CPU, 60, True).run(case, record, lambda: saved.append(len(record["rivals"])))
-    assert saved, "figures must be saved before the slow rivals are built"
+    step.StepRunner(CPU, 60, True).run(case, record, 0)
     return record
 
 
@@ -83,3 +81,23 @@ def test_operations_of_a_step_are_counted() -> None:
     layer = 4 * 8 * 8 + 2 * 8 * 32  # query, key, value, output; up and down
     assert step.flops(step.make_model(case, CPU), case) == 6 * layer * 8 + 14 * 2 * 16 * 8
     assert step.flops(step.make_model(case, CPU), dataclasses.replace(case, precision="fp32")) == 0
+
+
+def test_torch_compile_waits_until_every_case_has_stock_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tuple(dataclasses.replace(case.tiny(), compiled=True) for case in cases.STEP)
+    monkeypatch.setattr(cases, "STEP", small)
+    order: list[tuple[str, str]] = []
+    checked = step.StepRunner.checked
+
+    def spy(self: step.StepRunner, name: str, model: nn.Module, batch: Any, case: Any, *rest: Any) -> Any:
+        order.append((case.precision, name))
+        return checked(self, name, model, batch, case, *rest)
+
+    monkeypatch.setattr(step.StepRunner, "checked", spy)
+    saved: list[dict[str, Any]] = []
+    assert suites.run("step", CPU, 120, True, saved.append), saved[-1]["problems"]
+    waves = [[step.STOCK, "ours"], [step.COMPILED]]
+    assert order == [(case.precision, name) for wave in waves for case in small for name in wave]
+    for case in saved[-1]["cases"]:
+        assert [entry["status"] for entry in case["rivals"]] == ["ok"] * 3
+        assert all(entry["passes"]["step"]["median_us"] > 0 for entry in case["rivals"])

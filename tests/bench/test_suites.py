@@ -156,6 +156,105 @@ def test_cases_without_time_are_listed() -> None:
     assert [case["not_run"] for case in saved[-1]["cases"]] == ["out of time"] * len(cases.ATTENTION)
 
 
+class Clock:
+    """A clock that a test sets, in place of the runner's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.late = False
+        monkeypatch.setattr(suites.Runner, "late", lambda _: self.late)
+
+
+def test_a_deadline_during_a_reference_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, suite = Clock(monkeypatch), suites.SUITES["embedding_grad"]
+
+    def expected(x: SimpleNamespace) -> dict[str, torch.Tensor]:
+        clock.late = True
+        return suite.expected(x)
+
+    result = dry_run(monkeypatch, "embedding_grad", contest("embedding_grad"), expected=expected)
+    case = result["cases"][0]
+    assert (case["not_run"], case["rivals"]) == ("out of time", [])
+    assert "error" not in case
+    assert result["problems"] == []
+    assert result["incomplete"] == ["1 of 1 cases"]
+
+
+def test_a_deadline_between_yardstick_and_ours_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    eager, ours = contest("embedding_grad")
+
+    def build(x: SimpleNamespace, dropout: float) -> Prepared:
+        clock.late = True
+        return eager.build(x, dropout)
+
+    result = dry_run(monkeypatch, "embedding_grad", [dataclasses.replace(eager, build=build), ours])
+    assert [entry["status"] for entry in result["cases"][0]["rivals"]] == ["ok", "not run"]
+    assert result["problems"] == []
+    assert result["incomplete"] == ["1 rivals of the other cases"]
+
+
+def test_no_case_lacks_ours_for_the_sake_of_a_slow_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is up when the slow rival is ready in the first case: ours has run in all, the rival in one."""
+    clock, suite = Clock(monkeypatch), suites.SUITES["embedding_grad"]
+    eager, ours = contest("embedding_grad")
+
+    def slow(x: SimpleNamespace, dropout: float) -> Prepared:
+        clock.late = True
+        return eager.build(x, dropout)
+
+    contestants = [eager, dataclasses.replace(eager, name="slow", build=slow, wave=1), ours]
+    monkeypatch.setitem(
+        suites.SUITES,
+        "embedding_grad",
+        dataclasses.replace(suite, rivals=lambda _: contestants, cases=suite.cases[:3]),
+    )
+    saved: list[dict[str, Any]] = []
+    stoppable: list[tuple[int, bool]] = []
+
+    def save(result: dict[str, Any]) -> None:
+        saved.append(result)
+        measured = sum(len(entry["passes"]) > 0 for case in result["cases"] for entry in case["rivals"])
+        stoppable.append((measured, result["may_be_stopped"]))
+
+    assert suites.run("embedding_grad", CPU, 60, True, save)
+    status = [{entry["rival"]: entry["status"] for entry in case["rivals"]} for case in saved[-1]["cases"]]
+    assert status[0] == {"eager": "ok", "ours": "ok", "slow": "ok"}
+    assert status[1:] == [{"eager": "ok", "ours": "ok", "slow": "not run"}] * 2
+    assert all(entry["passes"] for case in saved[-1]["cases"] for entry in case["rivals"] if entry["status"] == "ok")
+    assert saved[-1]["incomplete"] == ["2 rivals of the other cases"]
+    assert all(measured >= 6 for measured, may in stoppable if may)
+    assert not any(may for measured, may in stoppable if measured < 6)
+
+
+def test_a_later_wave_is_timed_together_with_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[list[str]] = []
+    interleaved = Stopwatch.interleaved
+
+    def spy(self: Stopwatch, calls: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        rounds.append(sorted(calls))
+        return interleaved(self, calls, *rest, **options)
+
+    monkeypatch.setattr(Stopwatch, "interleaved", spy)
+    eager, ours = contest("embedding_grad")
+    late = dataclasses.replace(eager, name="rival", wave=2)
+    dry_run(monkeypatch, "embedding_grad", [eager, ours, late])
+    assert rounds == [["copy", "product"], ["eager", "ours"], ["eager", "ours", "rival"]]
+
+
+def test_a_capture_that_cannot_be_undone_ends_the_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suites.SUITES["embedding_grad"]
+    monkeypatch.setitem(suites.SUITES, "embedding_grad", dataclasses.replace(suite, cases=suite.cases[:2]))
+
+    def leak(*_: Any) -> None:
+        raise suites.CaptureLeak("no way back")
+
+    monkeypatch.setattr(suites.Runner, "collect", leak)
+    saved: list[dict[str, Any]] = []
+    assert suites.run("embedding_grad", CPU, 60, True, saved.append)
+    assert saved[-1]["cases"][1]["not_run"] == "CaptureLeak: no way back"
+    assert saved[-1]["incomplete"][-1] == "CaptureLeak: no way back"
+
+
 def test_torch_compile_takes_part_in_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     result = dry_run(monkeypatch, "embed", suites.SUITES["embed"].rivals(True))
     assert {entry["rival"]: entry["status"] for entry in result["cases"][0]["rivals"]} == {
