@@ -140,9 +140,9 @@ def _advice(found: dict[str, Any], gpus: list[dict[str, str]], torch: Any) -> li
             "install a torch build for this driver's CUDA"
         )
     if usable and not found["triton"]["usable"]:
-        advice.append(f"{found['triton']['reason']}: pip install 'embedkernels[triton]' for the fused kernels")
+        advice.append(f'{found["triton"]["reason"]}: pip install "embedkernels[triton]" for the fused kernels')
     if found["versions"]["transformers"] is None:
-        advice.append(f"{found['transformers']['reason']}: pip install 'embedkernels[hf]'")
+        advice.append(f'{found["transformers"]["reason"]}: pip install "embedkernels[hf]"')
     if usable and found["extension"]["usable"] and not found["extension"]["cuda"]:
         advice.append(
             "the extension was built without CUDA, embedding gradients take the Triton path: reinstall where nvcc is"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CliError(Exception):
@@ -26,6 +28,26 @@ class UsageError(CliError):
     """An argument, or what it names, cannot be used: exit code 2."""
 
     exit_code = 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the host, whatever library says so and however."""
+    text = str(error).lower()
+    # Of torch on a GPU; of its CPU allocator on Linux and on Windows; of C++ libraries.
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, (RuntimeError, OSError)) and any(part in text for part in said))
+    )
+
+
+def siblings(path: Path) -> list[str]:
+    """The names beside ``path``, for :func:`did_you_mean`; none where its directory cannot be read."""
+    try:
+        return sorted(os.listdir(path.parent))
+    except OSError:
+        return []
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from embedkernels.cli import plot, render, results
-from embedkernels.cli.errors import CliError, UsageError
 from embedkernels.cli.progress import RunProgress
 from embedkernels.cli.settings import Settings
 
@@ -39,20 +39,33 @@ def finetune(
     Raises:
         CliError: something failed; nothing to show.
     """
-    work = results.prepare(output, overwrite=overwrite)
-    try:
+    plot.check()
+    with results.claimed(output, overwrite=overwrite) as work:
         with RunProgress(console, named=len(runs) > 1) as progress:
             content = results.produce(settings, work, runs, progress.show)
-    except CliError as error:
-        if error.exit_code == UsageError.exit_code:
-            results.abandon(output)
-        raise
-    plot.draw(content, runs, work / results.PLOT, title)
-    results.finish(output)
+        drawn = _draw(content, runs, work / results.PLOT, title, console)
+        results.finish(output)
     if content["report"] is not None:
         render.report(content["report"], console)
     render.figures(content, runs, console)
     behind = [(f"{run} model", results.folder(output, runs, run)) for run in runs]
-    behind += [("figures", output / results.METRICS), ("picture", output / results.PLOT)]
+    behind += [("figures", output / results.METRICS)]
+    behind += [("picture", output / results.PLOT)] if drawn else []
     render.left_behind(behind, console)
     return content
+
+
+def _draw(content: dict[str, Any], runs: Sequence[str], path: Path, title: str, console: Console) -> bool:
+    """Draw the picture; that it cannot be drawn costs nobody a result."""
+    try:
+        plot.draw(content, runs, path, title)
+    except Exception as error:  # of matplotlib's fonts, cache and settings, which are the machine's
+        path.unlink(missing_ok=True)
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        console.print(
+            f"[yellow]note[/yellow] no picture, drawing it failed ({escape(f'{type(error).__name__}: {reason}')})",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return False
+    return True

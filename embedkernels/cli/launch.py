@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,8 +59,10 @@ def run(
         assert process.stdout is not None
         result = None
         try:
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
+            # A process that died before it could read has left its reason in the log and its exit code.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
             for line in process.stdout:
                 event = json.loads(line)
                 if event["event"] == "error":
@@ -74,6 +77,9 @@ def run(
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+            # Open until here: the process ends itself when this end is closed, as it is when this process dies.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.stdout.close()
     if result is None:
         raise _died(code, log)

@@ -16,7 +16,7 @@ def main() -> None:
         except ImportError as error:
             print(
                 f"error: the embedkernels command needs {name}, which does not import ({error})\n"
-                "  pip install 'embedkernels[cli]'",
+                '  pip install "embedkernels[cli]"',
                 file=sys.stderr,
             )
             raise SystemExit(1) from None

@@ -7,8 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from embedkernels.cli.errors import CliError
+
 COLORS = {"stock": "#8a94a6", "patched": "#0b6e99"}
 INK = "#1f2933"
+
+
+def check() -> None:
+    """CliError if pictures cannot be drawn here: better said before a training than after it."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot  # noqa: F401
+    except Exception as error:  # of its settings file, too
+        raise CliError(
+            f"the picture of the losses needs matplotlib, which does not import ({error})",
+            'pip install "embedkernels[cli]"',
+        ) from error
 
 
 def draw(content: dict[str, Any], runs: Sequence[str], path: Path, title: str = "") -> None:
@@ -43,7 +59,9 @@ def draw(content: dict[str, Any], runs: Sequence[str], path: Path, title: str = 
         bars = ((_speed_title(content, runs), "samples_per_second", 1.0, "{:.3g}"), _memory_bar(content, runs))
         for row, (name, key, unit, text) in enumerate(bars):
             _bars(figure.add_subplot(grid[row, 1]), name, {run: content[run][key] / unit for run in runs}, text)
-        figure.suptitle(_title(content, runs, title), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        # A model's name may hold dollar signs, which are no formula.
+        words = _title(content, runs, title)
+        figure.suptitle(words, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
         figure.savefig(path)
         plt.close(figure)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from embedkernels.cli import launch
 from embedkernels.cli.errors import CliError, UsageError
+from embedkernels.cli.lock import Held, lock
 from embedkernels.cli.settings import Settings
 from embedkernels.cli.speed import speedup
 
@@ -19,58 +21,104 @@ METRICS = "metrics.json"
 PLOT = "metrics.png"
 # Runs work here; what they leave moves up when all of them are done, so a failure costs no earlier result.
 UNFINISHED = "unfinished"
+# Held while they do: a second command would remove what the first one works on.
+LOCK = "unfinished.lock"
 # What a command writes, and --overwrite replaces.
 _OURS = (METRICS, PLOT, "stock", "patched", "model", "stock.log", "patched.log")
 
 
-def prepare(output: Path, *, overwrite: bool) -> Path:
-    """Make the output directory and an empty one in it to work in; an earlier result stays until :func:`finish`.
+@contextlib.contextmanager
+def claimed(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Make the output directory and an empty one in it to work in, for this process alone.
 
-    Returns:
+    An earlier result stays until :func:`finish`. What is worked on stays after a failure, but for a usage error:
+    then nothing was begun, and nothing is left.
+
+    Yields:
         The directory to work in.
 
     Raises:
-        UsageError: the directory holds other files, or an earlier result without ``overwrite``, or is a file.
-        CliError: it cannot be made.
+        UsageError: the directory holds other files, or an earlier result without ``overwrite``, is a file, cannot be
+            written, or another process works in it.
     """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output: {output} is a file", "Name a directory.")
-    work = output / UNFINISHED
-    try:
-        there = {one.name for one in output.iterdir()} if output.is_dir() else set()
-        foreign = sorted(there - {*_OURS, UNFINISHED})
-        if foreign:
-            raise UsageError(f"--output: {output} holds other files ({foreign[0]})", "Name a new or empty directory.")
-        if there - {UNFINISHED} and not overwrite:
+    with contextlib.ExitStack() as cleanup:
+        try:
+            if os.path.lexists(output) and not os.path.isdir(output):
+                raise UsageError(f"--output: {output} is a file", "Name a directory.")
+            _make(output, cleanup)
+            cleanup.enter_context(lock(output / LOCK))
+            _check_free(output, overwrite=overwrite)
+            work = output / UNFINISHED
+            _remove(work)
+            work.mkdir()
+        except Held as error:
+            who = f" (process {error.pid})" if error.pid else ""
             raise UsageError(
-                f"--output: {output} holds an earlier run", "Name another directory, or replace it with --overwrite."
-            )
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise CliError(f"--output: {output} cannot be written: {error}") from error
-    return work
+                f"--output: another run works in {output}{who}", "Wait for its end, or name another directory."
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"--output: {output} cannot be written: {error.strerror or error}",
+                "Name a directory that you may write to.",
+            ) from error
+        try:
+            yield work
+        except CliError as error:
+            if error.exit_code == UsageError.exit_code:
+                _remove(work)
+            raise
+
+
+def _make(output: Path, cleanup: contextlib.ExitStack) -> None:
+    """Make the directory; those made here are removed at the end if they are empty then."""
+    missing = [path for path in (output, *output.parents) if not os.path.isdir(path)]
+
+    def remove_empty() -> None:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
+
+    cleanup.callback(remove_empty)
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    there = {one.name for one in output.iterdir()} - {UNFINISHED, LOCK}
+    foreign = sorted(there - {*_OURS})
+    if foreign:
+        raise UsageError(f"--output: {output} holds other files ({foreign[0]})", "Name a new or empty directory.")
+    if there and not overwrite:
+        raise UsageError(
+            f"--output: {output} holds an earlier run", "Name another directory, or replace it with --overwrite."
+        )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or directory, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def finish(output: Path) -> None:
-    """Replace an earlier result by what the runs left."""
-    for name in _OURS:
-        path = output / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Replace an earlier result by what the runs left.
+
+    Raises:
+        CliError: a file cannot be replaced; says where the new result is.
+    """
     work = output / UNFINISHED
-    for path in work.iterdir():
-        path.rename(output / path.name)
-    work.rmdir()
-
-
-def abandon(output: Path) -> None:
-    """Remove what was begun, and the directory if nothing else is in it."""
-    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        output.rmdir()
+    try:
+        for name in _OURS:
+            _remove(output / name)
+        for path in work.iterdir():
+            path.rename(output / path.name)
+        work.rmdir()
+    except OSError as error:
+        raise CliError(
+            f"--output: the result cannot be moved up in {output}: {error}",
+            f"It is in {work}: move it away before the next run, which replaces it.",
+        ) from error
 
 
 def folder(output: Path, runs: Sequence[str], run: str) -> Path:

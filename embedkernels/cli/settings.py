@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from embedkernels.cli.errors import UsageError
@@ -13,6 +12,11 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TEXT_COLUMN = {"classification": "text", "token-classification": "tokens", "causal-lm": "text"}
 LABEL_COLUMN = {"classification": "label", "token-classification": "tags"}
+# What the counters and the fp32 numbers behind the arguments hold.
+MOST = 2**31 - 1
+MOST_RATE = 1e38
+# Arguments that are not spelled as their field.
+_ARGUMENTS = {"evaluation": "--eval"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,16 @@ class Settings:
         ):
             if value not in known:
                 raise UsageError(f"{argument}: {value!r} is not known", f"Use one of {', '.join(known)}.")
+        for argument, text in (
+            ("--model", self.model),
+            ("--train", self.train),
+            ("--eval", self.evaluation),
+            ("--tokenizer", self.tokenizer),
+            ("--text", self.text),
+            ("--label", self.label),
+        ):
+            if text is not None and not text.strip():
+                raise UsageError(f"{argument}: is empty")
         for argument, number in (
             ("--batch-size", self.batch_size),
             ("--eval-batch-size", self.eval_batch_size),
@@ -75,12 +89,14 @@ class Settings:
         ):
             if number is not None and number < 1:
                 raise UsageError(f"{argument}: must be at least 1, got {number}")
-        for argument, real in (("--lr", self.lr), ("--epochs", self.epochs)):
-            if not (real > 0 and math.isfinite(real)):
-                raise UsageError(f"{argument}: must be a number above 0, got {real}")
-        for argument, real in (("--weight-decay", self.weight_decay), ("--warmup", self.warmup)):
-            if not (real >= 0 and math.isfinite(real)):
-                raise UsageError(f"{argument}: must not be negative, got {real}")
+            if number is not None and number > MOST:
+                raise UsageError(f"{argument}: must be at most {MOST}, got {number}")
+        for argument, real, most in (("--lr", self.lr, MOST_RATE), ("--epochs", self.epochs, MOST)):
+            if not 0 < real <= most:
+                raise UsageError(f"{argument}: must be a number above 0 and at most {most:g}, got {real}")
+        for argument, real, most in (("--weight-decay", self.weight_decay, MOST_RATE), ("--warmup", self.warmup, MOST)):
+            if not 0 <= real <= most:
+                raise UsageError(f"{argument}: must not be negative and at most {most:g}, got {real}")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise UsageError(
                 f"--warmup: {self.warmup} is neither a whole number of steps nor a share of them",
@@ -104,6 +120,16 @@ class Settings:
         if len(set(columns.values())) < len(columns):
             raise UsageError(f"--label: is the same column as --text, {columns['--text']!r}")
         return columns
+
+    def arguments(self) -> list[str]:
+        """The arguments of ``embedkernels finetune`` that give these settings; defaults are left out."""
+        words: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING or value != field.default:
+                argument = _ARGUMENTS.get(field.name, "--" + field.name.replace("_", "-"))
+                words += [argument] if isinstance(value, bool) else [argument, str(value)]
+        return words
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; ``Settings(**dict)`` reads it back."""

@@ -84,7 +84,7 @@ def _open(name: str, config: str | None, argument: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"{argument}: there is no file {name}, and data sets need a package that is not installed",
-            f"Check the path (formats: {tables.formats()}), or pip install 'embedkernels[datasets]'.",
+            f'Check the path (formats: {tables.formats()}), or pip install "embedkernels[datasets]".',
         ) from error
     path = Path(name).expanduser()
     datasets.disable_progress_bars()

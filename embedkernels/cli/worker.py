@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from embedkernels.cli import examples, models
-from embedkernels.cli.errors import CliError, UsageError
+from embedkernels.cli.errors import CliError, UsageError, out_of_memory
 from embedkernels.cli.settings import Settings
 
 
@@ -28,7 +29,8 @@ def main() -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     # One device: the Trainer would otherwise spread over all of them, with torch.nn.DataParallel.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +41,17 @@ def main() -> None:
     except Exception as error:
         emit(describe(error))
         sys.exit(1)
+
+
+def _end_with_the_command() -> None:
+    """End this process when the command's is gone: it holds the other end of standard input open while it lives.
+
+    Also where it was killed and could end nobody. The descriptor is read, not ``sys.stdin``, whose lock would be held
+    when the interpreter ends.
+    """
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 def execute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -64,7 +77,7 @@ def execute(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict
         from embedkernels.cli import training
     except ImportError as error:
         raise CliError(
-            f"fine-tuning needs a package that does not import: {error}", "pip install 'embedkernels[cli]'"
+            f"fine-tuning needs a package that does not import: {error}", 'pip install "embedkernels[cli]"'
         ) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -75,7 +88,7 @@ def describe(error: Exception) -> dict[str, Any]:
     """An error as an event: what a person needs, and the traceback for ``--debug``."""
     if isinstance(error, CliError):
         message, remedy, usage = error.message, error.remedy, isinstance(error, UsageError)
-    elif type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+    elif out_of_memory(error):
         message, usage = "out of memory", False
         remedy = "Lower --batch-size or --max-length, or use --gradient-checkpointing or --precision bf16."
     else:

@@ -94,7 +94,7 @@ def test_without_its_own_packages_the_command_says_what_to_install(missing: str)
     done = without(missing)
     assert done.returncode == 1
     assert f"the embedkernels command needs {missing}" in done.stderr
-    assert "pip install 'embedkernels[cli]'" in done.stderr
+    assert 'pip install "embedkernels[cli]"' in done.stderr
     assert "Traceback" not in done.stderr
 
 

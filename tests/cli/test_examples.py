@@ -203,7 +203,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "unknown format '.xlsx' Use one of .csv .tsv" in error(tmp_path / "a.xlsx")
     assert "too many parts" in error("a:b:c:d")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    assert "pip install 'embedkernels[datasets]'" in error("imdb")
+    assert 'pip install "embedkernels[datasets]"' in error("imdb")
 
 
 def test_a_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,5 @@
+"""``python -m embedkernels``: the command ``embedkernels``."""
+
+from embedkernels.cli.main import main
+
+main()

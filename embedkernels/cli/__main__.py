@@ -1,0 +1,5 @@
+"""``python -m embedkernels.cli``: the command ``embedkernels``."""
+
+from embedkernels.cli.main import main
+
+main()
