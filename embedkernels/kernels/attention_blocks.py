@@ -164,6 +164,6 @@ def tile_keep_mask(seed, q0, k0, row, p, ROWS: tl.constexpr, COLUMNS: tl.constex
         words = tl.permute(words, (0, 4, 1, 2, 5, 3))
     words = tl.reshape(words, (ROWS, COLUMNS))
     # Equal to keep_from_bits, without converting every word to a float, which runs at a quarter of the rate.
-    # p = 1 wraps around and keeps everything; what is kept is then scaled by 0.
-    threshold = tl.ceil(p * 16777216.0).to(tl.uint32) << 8
-    return words >= threshold
+    # The last word that is dropped, not the first that is kept: at p = 1 that one would need 33 bits.
+    dropped = tl.maximum(tl.ceil(p * 16777216.0), 1.0).to(tl.int64) << 8
+    return words > (dropped - 1).to(tl.uint32)

@@ -38,6 +38,7 @@ from embedkernels.kernels.attention_blocks import (
     with_columns,
 )
 from embedkernels.kernels.attention_tiles import TARGETS, block_d, shipped_tiles, tiles_for
+from embedkernels.kernels.random import keep_scale, rounded
 from embedkernels.kernels.specs import CompileSpec
 
 LOG2_E = 1.4426950408889634
@@ -150,6 +151,7 @@ def forward(
     heads_kv, num_keys = key.shape[1], key.shape[2]
     if query.numel() == 0:
         return
+    dropout_p = rounded(dropout_p)
     tile = tiles_for(query, dropout_p > 0).forward
     attention_fwd_kernel[(triton.cdiv(num_queries, tile.block_m) * heads * batch,)](
         query, key, value, out, lse,
@@ -164,11 +166,6 @@ def forward(
         is_causal, bounds is not None, key_mask is not None, dropout_p > 0,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def keep_scale(dropout_p: float) -> float:
-    """What kept values are multiplied by: 1 / (1 - p), and 0 at p = 1, where nothing is kept."""
-    return 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
 
 
 def heaviest(kernel: Any, which: str) -> list[CompileSpec]:

@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from embedkernels.kernels.ids import report_bad_id
-from embedkernels.kernels.random import row_keep_mask
+from embedkernels.kernels.ids import EMBED, report_bad_id
+from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.specs import CompileSpec
 
 MOST_ROWS = 2**30 - 2**16
@@ -57,7 +57,7 @@ def _table(table_ptr, table_rows, ids, live, rows, columns, errors, D: tl.conste
     if REPORT:
         # Every chunk of a row meets the same ids: the first one reports.
         bad = live & (known == 0) & (tl.program_id(1) == 0)
-        report_bad_id(bad, ids, rows.to(tl.int64), table_rows, TABLE, errors[0], errors[1])
+        report_bad_id(bad, ids, rows.to(tl.int64), table_rows, TABLE, EMBED, errors[0], errors[1])
     at = table_ptr + ids[:, None] * D + columns[None, :]
     return tl.load(at, mask=known[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
 
@@ -352,10 +352,6 @@ class Inputs:
         }
 
 
-def dropout_scale(p: float) -> float:
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
-
-
 def embed_forward(
     inputs: Inputs, out: Tensor, norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     dropout_p: float, seed: Tensor | None, errors: tuple[Tensor, Tensor],
@@ -371,7 +367,7 @@ def embed_forward(
     embed_fwd_kernel[grid](
         out, mean, rstd, *inputs.arguments(), n,
         inputs.weight if norm_weight is None else norm_weight, inputs.weight if norm_bias is None else norm_bias,
-        eps, inputs.ids if seed is None else seed, dropout_p, dropout_scale(dropout_p), *errors,
+        eps, inputs.ids if seed is None else seed, dropout_p, keep_scale(dropout_p), *errors,
         NORM=norm, WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, DROPOUT=dropout_p > 0.0,
         WIDE=t.chunks > 1, **common,
     )  # fmt: skip
@@ -406,7 +402,7 @@ def embed_backward(
     projection = torch.empty((2, n if projected else 0), dtype=torch.float32, device=device)
     tables = inputs.arguments()
     weight = inputs.weight if norm_weight is None else norm_weight
-    dropout = (inputs.ids if seed is None else seed, dropout_p, dropout_scale(dropout_p))
+    dropout = (inputs.ids if seed is None else seed, dropout_p, keep_scale(dropout_p))
     common = {
         **inputs.flags(), "WEIGHT": norm_weight is not None, "DROPOUT": dropout_p > 0.0, "BLOCK_N": t.block_n,
         "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1,
@@ -418,7 +414,7 @@ def embed_backward(
         NORM=norm, WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
     )  # fmt: skip
     weight_grad, bias_grad = (
-        torch.empty_like(p) if need_norm and p is not None else inputs.weight.new_empty(0)
+        p.new_empty(p.shape) if need_norm and p is not None else inputs.weight.new_empty(0)
         for p in (norm_weight, norm_bias)
     )
     if need_norm:

@@ -24,12 +24,12 @@ _TILE_ELEMENTS = 8 * 32 * _WARPS
 _WIDEST = 1024
 
 
-@triton.jit(do_not_specialize=["n", "num_rows"])
+@triton.jit(do_not_specialize=["n", "num_rows", "table", "op"])
 def embedding_fwd_kernel(
-    out_ptr, ids_ptr, weight_ptr, flag_ptr, record_ptr, n, num_rows,
+    out_ptr, ids_ptr, weight_ptr, flag_ptr, record_ptr, n, num_rows, table, op,
     D: tl.constexpr, WEIGHT_STRIDE_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows."""
+    """One tile of rows. ``table`` and ``op``: what a record names."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = rows < n
@@ -38,7 +38,7 @@ def embedding_fwd_kernel(
     known = live & (ids >= 0) & (ids < num_rows)
     # Every column block of a row meets the same ids: the first one reports.
     bad = live & (known == 0) & (tl.program_id(1) == 0)
-    report_bad_id(bad, ids, rows, num_rows, 0, flag_ptr, record_ptr)
+    report_bad_id(bad, ids, rows, num_rows, table, op, flag_ptr, record_ptr)
     at = weight_ptr + ids[:, None] * WEIGHT_STRIDE_V + columns[None, :]
     tile = tl.load(at, mask=known[:, None] & inside, other=0.0)
     tl.store(out_ptr + rows[:, None] * D + columns[None, :], tile, mask=live[:, None] & inside)
@@ -58,7 +58,9 @@ def row_block(width: int, itemsize: int) -> int:
     return max(1, (_TILE_BYTES // itemsize if aligned else _TILE_ELEMENTS) // column_block(width))
 
 
-def embedding_forward(out: Tensor, ids: Tensor, weight: Tensor, errors: tuple[Tensor, Tensor]) -> None:
+def embedding_forward(
+    out: Tensor, ids: Tensor, weight: Tensor, errors: tuple[Tensor, Tensor], table: int, op: int
+) -> None:
     """Fill ``out``.
 
     Args:
@@ -66,13 +68,14 @@ def embedding_forward(out: Tensor, ids: Tensor, weight: Tensor, errors: tuple[Te
         ids: int32 or int64, N elements, contiguous.
         weight: (V, D), rows contiguous.
         errors: flag and record of the device.
+        table, op: places in ``embedkernels.ops.ids.TABLES`` and ``OPS``, for the record.
     """
     n, width = out.shape
     block_d = column_block(width)
     block_n = row_block(width, weight.itemsize)
     grid = (triton.cdiv(n, block_n), triton.cdiv(width, block_d))
     embedding_fwd_kernel[grid](
-        out, ids, weight, *errors, n, weight.shape[0],
+        out, ids, weight, *errors, n, weight.shape[0], table, op,
         D=width, WEIGHT_STRIDE_V=weight.stride(0), BLOCK_N=block_n, BLOCK_D=block_d, num_warps=_WARPS,
     )  # fmt: skip
 
@@ -84,7 +87,8 @@ def compile_specs() -> list[CompileSpec]:
     for dtype, itemsize in (("bf16", 2), ("fp32", 4), ("fp64", 8)):
         for width in (16, 33, 64, 384, 768, 1000, 2560, 4096):
             block_d = column_block(width)
-            signature = {"out_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", **pointers, "n": "i32", "num_rows": "i32"}
+            scalars = dict.fromkeys(("n", "num_rows", "table", "op"), "i32")
+            signature = {"out_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", **pointers, **scalars}
             block_n = row_block(width, itemsize)
             specs.append(
                 CompileSpec(

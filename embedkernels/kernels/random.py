@@ -1,9 +1,22 @@
 """Dropout bits inside a kernel; ``embedkernels.reference.random`` draws the same ones in plain PyTorch."""
 
+import ctypes
+
 import triton
 import triton.language as tl
 
 ROUNDS = tl.constexpr(7)
+
+
+def rounded(p: float) -> float:
+    """A probability as the kernels get it, in float32: what is close enough to 1 is 1, and then nothing is kept."""
+    return ctypes.c_float(p).value
+
+
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied by: 1 / (1 - p), and 0 at p = 1, where nothing is kept."""
+    p = rounded(p)
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 @triton.jit

@@ -145,6 +145,19 @@ def needs_stock_autograd(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def check_stock_autograd(op: str, device: torch.device, requested: str | None) -> None:
+    """NotImplementedError if a backend was asked for that has no such derivatives (see :func:`needs_stock_autograd`).
+
+    Where none was asked for, the call is made of PyTorch's own ops.
+    """
+    choice = choose(op, device, requested)
+    if choice.backend != "torch" and choice.reason == "asked for":
+        raise NotImplementedError(
+            f"{op}: backend {choice.backend!r} has no forward-mode derivative and takes no transform of torch.func; "
+            "pass backend='torch'"
+        )
+
+
 @contextlib.contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Within the block, every op that has ``backend`` runs on it; ops that lack it choose as usual.

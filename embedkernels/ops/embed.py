@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedkernels.ops import ids as id_errors
-from embedkernels.ops.backend import Backend, choose
-from embedkernels.ops.embedding import embedding
-from embedkernels.ops.embedding_grad import check_ids_tensor, normalized_padding
+from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
+from embedkernels.ops.embed_checks import (
+    check_call,
+    check_norm_parameters,
+    check_saved,
+    check_seed,
+    contiguous,
+    kernel_inputs,
+    sequence_length,
+)
+from embedkernels.ops.embedding import lookup, stock_lookup
+from embedkernels.ops.embedding_grad import normalized_padding
 from embedkernels.reference import embed as reference
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEED_LIMIT = 2**62
+_TABLES = ("token", "token type", "position")
 
 
 def embed(
@@ -43,7 +53,8 @@ def embed(
     """Input embeddings of a transformer: y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])).
 
     Differentiable in the three tables and in the norm's weight and bias; on the Triton backend once (its gradient
-    has no derivative). There one kernel writes y, and the backward pass gathers the rows and draws the dropout mask
+    has no derivative). Forward-mode derivatives and the transforms of ``torch.func`` run on PyTorch's own ops. On the
+    Triton backend one kernel writes y, and the backward pass gathers the rows and draws the dropout mask
     again instead of reading saved activations: the tables must not change between forward and backward (PyTorch
     raises if they do). Arithmetic is in fp32, results are bitwise reproducible.
 
@@ -72,8 +83,10 @@ def embed(
         IndexError: an id out of its table's range (on a GPU by the next call of an op or by
             :func:`embedkernels.check_errors`; until then such an id adds zeros), or a sequence that is longer than
             the position table.
-        TypeError: ids that are not int32 or int64, tables that are not floating point or differ in dtype.
+        TypeError: ids that are not int32 or int64, tables that are not floating point or differ in dtype, an
+            argument of another type than it has here.
         ValueError: shapes, devices or settings that do not fit.
+        NotImplementedError: ``backend="triton"`` with a forward-mode tangent or within a transform of ``torch.func``.
 
     Example:
         >>> import torch, embedkernels as ek
@@ -82,23 +95,28 @@ def embed(
         >>> ek.embed(ids, words, position_weight=positions, norm="layer").shape
         torch.Size([2, 5, 8])
     """
-    _check(
+    check_call(
         ids, weight, position_weight, position_ids, position_start, type_weight, type_ids, norm, norm_weight,
         norm_bias, norm_eps, dropout_p,
     )  # fmt: skip
     padding = normalized_padding(padding_idx, weight.shape[0], "embed")
     position_padding = -1
     if position_weight is not None:
-        position_padding = normalized_padding(position_padding_idx, position_weight.shape[0], "embed")
+        position_padding = normalized_padding(
+            position_padding_idx, position_weight.shape[0], "embed", "position_padding_idx"
+        )
     in_kernels = weight.dtype in _KERNEL_DTYPES
     if backend == "triton" and not in_kernels:
         raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {weight.dtype}")
-    chosen = choose("embed", weight.device, backend).backend
-    if not in_kernels:
-        chosen = "torch"
+    id_errors.begin(weight.device)
+    rows: Callable[..., Tensor] = functools.partial(lookup, backend=backend)
+    chosen = choose("embed", weight.device, backend).backend if in_kernels else "torch"
+    if needs_stock_autograd(weight, position_weight, type_weight, norm_weight, norm_bias):
+        check_stock_autograd("embed", weight.device, backend)
+        rows, chosen = stock_lookup, "torch"
     if chosen == "torch":
         return _composed(
-            backend, ids, weight, position_weight=position_weight, position_ids=position_ids,
+            rows, ids, weight, position_weight=position_weight, position_ids=position_ids,
             position_start=position_start, type_weight=type_weight, type_ids=type_ids, norm=norm,
             norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, dropout_p=dropout_p,
             padding_idx=padding if padding >= 0 else None,
@@ -110,36 +128,16 @@ def embed(
     out: Tensor = torch.ops.embedkernels.embed_forward(
         ids.contiguous(), weight, position_weight, _flat(position_ids, ids), position_start, type_weight,
         _flat(type_ids, ids), norm is not None, norm_weight, norm_bias, norm_eps, dropout_p, seed,
-        _output_dtype(weight, norm), padding, position_padding,
+        weight.dtype if norm is None else reference.norm_dtype(weight.device, weight.dtype), padding,
+        position_padding,
     )[0]  # fmt: skip
     return out
 
 
-def _composed(backend: Backend | None, ids: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """The torch backend. The lookup raises IndexError by itself: only then is it found out which table it was."""
-    lookup = functools.partial(embedding, backend=backend)
-    if torch.compiler.is_compiling() or ids.device.type != "cpu":
-        return reference.embed(ids, weight, lookup=lookup, **options)
-    try:
-        return reference.embed(ids, weight, lookup=lookup, **options)
-    except IndexError:
-        id_errors.check_ids(ids, weight.shape[0], "token")
-        for name, table in (("type", "token type"), ("position", "position")):
-            if options[f"{name}_weight"] is not None and options[f"{name}_ids"] is not None:
-                broadcast = options[f"{name}_ids"].expand(ids.shape)
-                id_errors.check_ids(broadcast, options[f"{name}_weight"].shape[0], table)
-        raise
-
-
-def _output_dtype(weight: Tensor, norm: str | None) -> torch.dtype:
-    """CUDA autocast runs LayerNorm in fp32 and leaves its output there; CPU autocast leaves LayerNorm alone."""
-    if norm is not None and weight.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return torch.float32
-    return weight.dtype
-
-
-def _length(ids: Tensor) -> int:
-    return ids.shape[-1] if ids.dim() else 1
+def _composed(rows: Callable[..., Tensor], ids: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """The torch backend: ``rows`` looks up in one table after the other, and names it in its errors."""
+    token, kind, position = (functools.partial(rows, table=table, op="embed") for table in _TABLES)
+    return reference.embed(ids, weight, lookup=token, type_lookup=kind, position_lookup=position, **options)
 
 
 def _flat(given: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -152,95 +150,6 @@ def _flat(given: Tensor | None, ids: Tensor) -> Tensor | None:
         for _ in leading:
             given = given[0]
     return given.reshape(-1).contiguous()
-
-
-def _check(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None, norm: str | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float,
-) -> None:  # fmt: skip
-    check_ids_tensor(ids, "embed")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"embed: weight must be a Tensor, got {type(weight).__name__}")
-    if weight.dim() != 2 or weight.shape[1] == 0:
-        raise ValueError(f"embed: weight must be 2-D (V, D) with D >= 1, got shape {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        raise TypeError(f"embed: weight must be floating point, got {weight.dtype}")
-    _check_device("ids", ids, weight)
-    _check_table("position_weight", position_weight, weight)
-    _check_table("type_weight", type_weight, weight)
-    _check_more_ids("position_ids", position_ids, ids, "position_weight", position_weight)
-    _check_more_ids("type_ids", type_ids, ids, "type_weight", type_weight)
-    _check_positions(ids, position_weight, position_ids, position_start)
-    if norm not in (None, "layer"):
-        raise ValueError(f"embed: norm must be None or 'layer', got {norm!r}")
-    for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if parameter is None:
-            continue
-        if norm is None:
-            raise ValueError(f"embed: {name} is given, but norm is None")
-        if tuple(parameter.shape) != (weight.shape[1],):
-            raise ValueError(f"embed: {name} must be (D,) = ({weight.shape[1]},), got {tuple(parameter.shape)}")
-        if parameter.dtype not in (weight.dtype, torch.float32):
-            raise TypeError(f"embed: {name} must be {weight.dtype} like weight, or float32, got {parameter.dtype}")
-        _check_device(name, parameter, weight)
-    if norm_weight is not None and norm_bias is not None and norm_weight.dtype != norm_bias.dtype:
-        raise TypeError(
-            f"embed: norm_weight is {norm_weight.dtype}, norm_bias is {norm_bias.dtype}: expected one dtype"
-        )
-    if norm_eps < 0.0:
-        raise ValueError(f"embed: norm_eps must not be negative, got {norm_eps}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"embed: dropout_p must be in [0, 1], got {dropout_p}")
-
-
-def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.device != weight.device:
-        raise ValueError(f"embed: {name} is on {tensor.device}, weight is on {weight.device}")
-
-
-def _check_table(name: str, table: Tensor | None, weight: Tensor) -> None:
-    if table is None:
-        return
-    if table.dim() != 2 or table.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"embed: {name} must be 2-D (rows, D) with D = {weight.shape[1]} as in weight, "
-            f"got shape {tuple(table.shape)}"
-        )
-    if table.dtype != weight.dtype:
-        raise TypeError(f"embed: {name} must be {weight.dtype} like weight, got {table.dtype}")
-    _check_device(name, table, weight)
-
-
-def _check_more_ids(name: str, given: Tensor | None, ids: Tensor, table_name: str, table: Tensor | None) -> None:
-    if given is None:
-        return
-    if table is None:
-        raise ValueError(f"embed: {name} is given, but {table_name} is None")
-    if given.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"embed: {name} must be int32 or int64, got {given.dtype}")
-    pairs = zip(reversed(given.shape), reversed(ids.shape), strict=False)
-    if given.dim() > ids.dim() or not all(size in (1, wanted) for size, wanted in pairs):
-        raise ValueError(
-            f"embed: {name} must broadcast to the shape of ids, {tuple(ids.shape)}, got shape {tuple(given.shape)}"
-        )
-    _check_device(name, given, ids)
-
-
-def _check_positions(ids: Tensor, table: Tensor | None, position_ids: Tensor | None, start: int) -> None:
-    if start < 0:
-        raise ValueError(f"embed: position_start must not be negative, got {start}")
-    if position_ids is not None and start != 0:
-        raise ValueError(f"embed: position_start must be 0 where position_ids is given, got {start}")
-    if table is None or position_ids is not None:
-        return
-    length = _length(ids)
-    if start + length > table.shape[0]:
-        raise IndexError(
-            f"embed: {length} positions from position_start {start} reach position {start + length - 1}, "
-            f"but position_weight has {table.shape[0]} rows: expected a sequence of at most "
-            f"{max(0, table.shape[0] - start)}"
-        )
 
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")
@@ -258,32 +167,6 @@ _library.define(
 )
 
 
-def _inputs(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None,
-) -> Any:  # fmt: skip
-    """What the kernels gather from. Guards what addresses rest on: the ops can be called without ``embed``."""
-    from embedkernels.kernels.embed import MOST_ROWS, Inputs
-
-    n, length = ids.numel(), _length(ids)
-    if n > MOST_ROWS:
-        raise ValueError(f"embed: ids has {n} elements, at most {MOST_ROWS} are supported")
-    for table in (position_weight, type_weight):
-        if table is not None and (table.shape[1:] != weight.shape[1:] or table.dtype != weight.dtype):
-            raise ValueError("embedkernels::embed: tables differ in their number of columns or in dtype")
-    for given in (position_ids, type_ids):
-        if given is not None and given.numel() not in (n, length):
-            raise ValueError(f"embedkernels::embed: expected {n} or {length} ids, got {given.numel()}")
-
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.contiguous()
-
-    return Inputs(
-        ids.contiguous(), weight.contiguous(), contiguous(position_weight), contiguous(position_ids), position_start,
-        length, contiguous(type_weight), contiguous(type_ids),
-    )  # fmt: skip
-
-
 def _forward_impl(
     ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
     type_weight: Tensor | None, type_ids: Tensor | None, norm: bool, norm_weight: Tensor | None,
@@ -293,22 +176,32 @@ def _forward_impl(
     device = weight.device
     id_errors.raise_pending(device)
     choose("embed", device, "triton")
+    inputs = kernel_inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
+    check_norm_parameters(norm, norm_weight, norm_bias, weight)
+    check_seed(dropout_p, seed, weight)
     if device.type == "cpu":
-        id_errors.check_ids(ids, weight.shape[0], "token")
+        id_errors.check_ids(ids, weight.shape[0], "token", "embed")
         if type_weight is not None and type_ids is not None:
-            id_errors.check_ids(type_ids, type_weight.shape[0], "token type")
+            id_errors.check_ids(type_ids, type_weight.shape[0], "token type", "embed")
         if position_weight is not None and position_ids is not None:
-            id_errors.check_ids(position_ids, position_weight.shape[0], "position")
+            id_errors.check_ids(position_ids, position_weight.shape[0], "position", "embed")
     out = weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
     if ids.numel() == 0:
         return out, weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, dtype=torch.float32)
     from embedkernels.kernels import embed as kernels
 
-    inputs = _inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
     errors = id_errors.error_state(device)
     with torch.cuda.device_of(weight):
         mean, rstd = kernels.embed_forward(
-            inputs, out, norm, norm_weight, norm_bias, norm_eps, dropout_p, seed, (errors.flag, errors.record)
+            inputs,
+            out,
+            norm,
+            contiguous(norm_weight),
+            contiguous(norm_bias),
+            norm_eps,
+            dropout_p,
+            seed,
+            (errors.flag, errors.record),
         )
     id_errors.after_launch(device)
     return out, mean, rstd
@@ -332,19 +225,31 @@ def _backward_impl(
     seed: Tensor | None, need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     choose("embed", weight.device, "triton")
+    inputs = kernel_inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
+    check_norm_parameters(norm, norm_weight, norm_bias, weight)
+    check_seed(dropout_p, seed, weight)
+    check_saved(grad, ids, weight, norm, mean, rstd)
     if ids.numel() == 0:
         norm_grads = (
-            torch.zeros_like(p) if need_norm and p is not None else weight.new_empty(0)
+            p.new_zeros(p.shape) if need_norm and p is not None else weight.new_empty(0)
             for p in (norm_weight, norm_bias)
         )
         return (weight.new_empty((0, weight.shape[1])), *norm_grads)  # type: ignore[return-value]
     from embedkernels.kernels import embed as kernels
 
-    inputs = _inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
-    grad = grad.contiguous()
     with torch.cuda.device_of(weight):
         return kernels.embed_backward(
-            inputs, grad, norm, norm_weight, norm_bias, mean, rstd, dropout_p, seed, need_rows, need_norm
+            inputs,
+            grad.contiguous(),
+            norm,
+            contiguous(norm_weight),
+            contiguous(norm_bias),
+            mean,
+            rstd,
+            dropout_p,
+            seed,
+            need_rows,
+            need_norm,
         )
 
 
@@ -356,7 +261,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = weight.new_empty((ids.numel() if need_rows else 0, weight.shape[1]))
     weight_grad, bias_grad = (
-        torch.empty_like(p) if need_norm and p is not None else weight.new_empty(0) for p in (norm_weight, norm_bias)
+        p.new_empty(p.shape) if need_norm and p is not None else weight.new_empty(0) for p in (norm_weight, norm_bias)
     )
     return rows, weight_grad, bias_grad
 
@@ -398,7 +303,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if need_word:
         word = torch.ops.embedkernels.embedding_backward(rows, ids.reshape(-1), ctx.rows, ctx.padding_idx)
     # What is the same in every sequence is summed over the sequences first.
-    n, length = ids.numel(), _length(ids)
+    n, length = ids.numel(), sequence_length(ids)
     shared_position = need_position and (position_ids is None or position_ids.numel() == length)
     shared_type = need_type and type_ids is not None and type_ids.numel() == length
     by_place = rows

@@ -10,13 +10,15 @@ table's gradient.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedkernels.ops.backend import Backend, choose
+from embedkernels.ops import ids as id_errors
+from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.reference import embedding as reference
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -49,6 +51,16 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def checked_int(value: object, name: str, op: str) -> int:
+    """``value`` if it counts as an int, also a symbolic one; else a TypeError that names the argument."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}") from None
+
+
 def check_ids_tensor(ids: Tensor, op: str) -> None:
     """TypeError unless ``ids`` is an int32 or int64 tensor, ValueError if it has 2**31 elements or more."""
     if not isinstance(ids, Tensor):
@@ -59,13 +71,14 @@ def check_ids_tensor(ids: Tensor, op: str) -> None:
         raise ValueError(f"{op}: ids has {ids.numel()} elements, at most {_LIMIT - 1} are supported")
 
 
-def normalized_padding(padding_idx: int | None, num_rows: int, op: str) -> int:
+def normalized_padding(padding_idx: int | None, num_rows: int, op: str, name: str = "padding_idx") -> int:
     """``padding_idx`` counted from the front, -1 for None. Negative values count from the end, as in nn.Embedding."""
     if padding_idx is None:
         return -1
+    padding_idx = checked_int(padding_idx, name, op)
     if not -num_rows <= padding_idx < num_rows:
         raise ValueError(
-            f"{op}: padding_idx {padding_idx} is out of range for a table of {num_rows} rows: "
+            f"{op}: {name} {padding_idx} is out of range for a table of {num_rows} rows: "
             f"expected {-num_rows} to {num_rows - 1}"
         )
     return padding_idx % num_rows
@@ -94,17 +107,20 @@ def embedding_plan(
         EmbeddingPlan: for :func:`embedding_grad`.
 
     Raises:
-        TypeError: ids that are not int32 or int64.
+        TypeError: ids that are not int32 or int64, numbers that are not ints.
         ValueError: too many ids or rows, a negative vocab_start, or a negative padding_idx out of range.
     """
     op = "embedding_plan"
     check_ids_tensor(ids, op)
+    id_errors.begin(ids.device)
+    num_embeddings = checked_int(num_embeddings, "num_embeddings", op)
+    vocab_start = checked_int(vocab_start, "vocab_start", op)
     if not 0 <= num_embeddings < _LIMIT:
         raise ValueError(f"{op}: num_embeddings must be 0 to {_LIMIT - 1}, got {num_embeddings}")
     if not 0 <= vocab_start < 2**63 - _LIMIT:
         raise ValueError(f"{op}: vocab_start must be 0 to {2**63 - _LIMIT - 1}, got {vocab_start}")
-    padding = -1 if padding_idx is None else padding_idx
-    if padding_idx is not None and padding_idx < 0:
+    padding = -1 if padding_idx is None else checked_int(padding_idx, "padding_idx", op)
+    if padding_idx is not None and padding < 0:
         if vocab_start:
             raise ValueError(f"{op}: padding_idx must not be negative with vocab_start, got {padding_idx}")
         padding = normalized_padding(padding_idx, num_embeddings, op)
@@ -116,6 +132,7 @@ def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend |
     """Dense gradient of a table: out[r] = sum of ``grad_rows`` at the positions where the ids were r.
 
     Added in fp32 (fp64 for double), bitwise reproducible, every row written (zeros where there is no gradient).
+    Differentiable in ``grad_rows``: the derivative of this sum is the lookup.
 
     Args:
         grad_rows: (N, D) or (*ids.shape, D), float32, bfloat16, float16 or float64, any strides.
@@ -128,13 +145,19 @@ def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend |
     Raises:
         TypeError: grad_rows of another dtype.
         ValueError: another number of rows than the plan has ids, or another device.
+        NotImplementedError: a forward-mode tangent or a transform of ``torch.func`` on a backend that was asked for
+            and is not ``"torch"``.
     """
     op = "embedding_grad"
     n = plan.order.numel()
     _check_grad_rows(grad_rows, n, plan.order.device, op)
-    chosen = choose("embedding_grad", grad_rows.device, backend).backend
-    rows = grad_rows.reshape(n, grad_rows.shape[-1])
-    return _dense(rows, plan, chosen)
+    id_errors.begin(grad_rows.device)
+    parts = (plan.order, plan.segment_ids, plan.segment_offsets, plan.count)
+    if needs_stock_autograd(grad_rows):
+        check_stock_autograd(op, grad_rows.device, backend)
+        return reference.embedding_grad_dense(grad_rows.reshape(n, grad_rows.shape[-1]), *parts, plan.num_rows)
+    out: Tensor = torch.ops.embedkernels.embedding_grad(grad_rows, *parts, plan.num_rows, backend or "auto")
+    return out
 
 
 def _check_grad_rows(grad_rows: Tensor, n: int, device: torch.device, op: str) -> None:
@@ -190,6 +213,10 @@ _library = torch.library.Library("embedkernels", "FRAGMENT")
 _library.define(
     "embedding_backward(Tensor grad_rows, Tensor ids, SymInt num_rows, int padding_idx, str backend='auto') -> Tensor"
 )
+_library.define(
+    "embedding_grad(Tensor grad_rows, Tensor order, Tensor segment_ids, Tensor segment_offsets, Tensor count, "
+    "SymInt num_rows, str backend='auto') -> Tensor"
+)
 
 
 def _backward_impl(grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int, backend: str = "auto") -> Tensor:
@@ -227,10 +254,55 @@ def _double_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """The op is linear in grad_rows: its adjoint looks the rows up again, zero where an id was dropped."""
     (ids,) = ctx.saved_tensors
     dropped = (ids < 0) | (ids >= ctx.num_rows) | (ids == ctx.padding_idx)
-    rows = F.embedding(ids.masked_fill(dropped, 0), grad)
-    return rows.masked_fill(dropped[..., None], 0).reshape(ctx.shape), None, None, None, None
+    return _rows_or_zeros(grad, ids, dropped).reshape(ctx.shape), None, None, None, None
+
+
+def _rows_or_zeros(table: Tensor, ids: Tensor, dropped: Tensor) -> Tensor:
+    if table.shape[0] == 0:  # then every id is dropped, and there is no row to look up in their place
+        return table.new_zeros((*ids.shape, table.shape[1]))
+    return F.embedding(ids.masked_fill(dropped, 0), table).masked_fill(dropped[..., None], 0)
 
 
 torch.library.register_autograd(
     "embedkernels::embedding_backward", _double_backward, setup_context=_setup_context, lib=_library
+)
+
+
+def _grad_impl(
+    grad_rows: Tensor, order: Tensor, segment_ids: Tensor, segment_offsets: Tensor, count: Tensor, num_rows: int,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    op = "embedding_grad"
+    n = order.numel()
+    _check_grad_rows(grad_rows, n, order.device, op)
+    id_errors.raise_pending(grad_rows.device)
+    chosen = choose("embedding_grad", grad_rows.device, backend).backend
+    plan = EmbeddingPlan(order, segment_ids, segment_offsets, count, num_rows)
+    return _dense(grad_rows.reshape(n, grad_rows.shape[-1]), plan, chosen)
+
+
+_library.impl("embedding_grad", _grad_impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("embedkernels::embedding_grad", lib=_library)
+def _grad_fake(
+    grad_rows: Tensor, order: Tensor, segment_ids: Tensor, segment_offsets: Tensor, count: Tensor, num_rows: int,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    return grad_rows.new_empty((num_rows, grad_rows.shape[-1]))
+
+
+def _grad_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    grad_rows, *plan, ctx.num_rows, _ = inputs
+    ctx.shape = grad_rows.shape
+    ctx.save_for_backward(*plan)
+
+
+def _grad_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    ids = reference.planned_rows(*ctx.saved_tensors)
+    return _rows_or_zeros(grad, ids, ids < 0).reshape(ctx.shape), None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "embedkernels::embedding_grad", _grad_backward, setup_context=_grad_setup_context, lib=_library
 )

@@ -1,21 +1,31 @@
-"""Ids out of range: an IndexError that names the table, the id and its position, on every device.
+"""Ids out of range: an IndexError that names the op, the table, the id and its position, on every device.
 
 On a CPU the ids are checked before the lookup. On a GPU a check on the host would need a sync, so the kernel that
 meets a bad id never touches the table with it (the row counts as zeros) and leaves a record in pinned host memory;
 the next call of any op, or :func:`check_errors`, raises it. ``EMBEDKERNELS_CHECK_IDS=1`` raises at once.
+
+The record outlives every call and graph that writes to it, so it must not come from memory that a CUDA graph owns.
+The public ops make it before they run, :func:`begin`, which under torch.compile means while tracing. What captures a
+graph without that, the raw op as the first call of a process, is refused with the remedy.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-# What a record's first field means; the order is part of the kernels' interface.
+# What a record's fields mean; the order is part of the kernels' interface (``embedkernels.kernels.ids``).
 TABLES = ("token", "position", "token type")
-RECORD_FIELDS = 5  # set, table, id, position, rows in the table
+OPS = ("embed", "embedding")
+RECORD_FIELDS = 6  # set, table, id, position, rows in the table, op
 
 
 @dataclass
@@ -24,30 +34,77 @@ class ErrorState:
 
     Attributes:
         flag: int32 (1,), on the device: 0 until a kernel has claimed the record.
-        record: int64 (5,), pinned host memory for a GPU: set, table, id, position, number of rows.
+        record: int64 (6,), pinned host memory for a GPU: set, table, id, position, number of rows, op.
     """
 
     flag: Tensor
     record: Tensor
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to raise. Reads the host's memory itself: no tensor op, no mode, no sync."""
+        return ctypes.c_int64.from_address(self.record.data_ptr()).value != 0
+
 
 _states: dict[torch.device, ErrorState] = {}
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Ops inside make and change ordinary tensors, whatever mode the caller is in.
+
+    A state made in inference mode could not be reset outside of it, and a tracer would make a fake one.
+    """
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def error_state(device: torch.device) -> ErrorState:
-    """The record that kernels on ``device`` write to."""
+    """The record that kernels on ``device`` write to.
+
+    Raises:
+        RuntimeError: the first call on ``device`` is being captured in a CUDA graph.
+    """
     state = _states.get(device)
-    if state is None:
-        pinned = device.type == "cuda"
-        state = ErrorState(
-            torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(RECORD_FIELDS, dtype=torch.int64, pin_memory=pinned),
+    if state is not None:
+        return state
+    if _capturing(device):
+        raise RuntimeError(
+            f"embedkernels: the first call on {device} is being captured in a CUDA graph, but it has to set up the "
+            "record of ids out of range, which must not belong to a graph: run the op once before the capture"
         )
-        _states[device] = state
-    return state
+    with _lock, _plain_tensors():
+        if device not in _states:
+            _states[device] = ErrorState(
+                torch.zeros(1, dtype=torch.int32, device=device),
+                torch.zeros(RECORD_FIELDS, dtype=torch.int64, pin_memory=device.type == "cuda"),
+            )
+        return _states[device]
 
 
-def message(table: str, value: int, position: int, rows: int, op: str = "embed") -> str:
+@torch.compiler.assume_constant_result
+def _prepare(device: torch.device) -> None:
+    if device not in _states and torch.cuda.is_available():  # fake tensors claim devices that are not there
+        error_state(device)
+
+
+def begin(device: torch.device) -> None:
+    """Called by every public op: raise what is pending, and on a GPU have the record ready before anything runs.
+
+    A compiled graph raises in the ops that it calls.
+    """
+    if device.type == "cuda":
+        _prepare(device)
+    if not torch.compiler.is_compiling():
+        raise_pending(device)
+
+
+def message(table: str, value: int, position: int, rows: int, op: str) -> str:
     """The text of the IndexError."""
     return (
         f"{op}: {table} id {value} at position {position} (of the flattened ids) is out of range "
@@ -55,7 +112,7 @@ def message(table: str, value: int, position: int, rows: int, op: str = "embed")
     )
 
 
-def check_ids(ids: Tensor, rows: int, table: str, op: str = "embed") -> None:
+def check_ids(ids: Tensor, rows: int, table: str, op: str) -> None:
     """Raise IndexError if any of ``ids`` is outside [0, rows). Reads the ids: for CPU tensors.
 
     Args:
@@ -75,16 +132,21 @@ def check_ids(ids: Tensor, rows: int, table: str, op: str = "embed") -> None:
 
 
 def raise_pending(device: torch.device) -> None:
-    """Raise what a kernel on ``device`` has recorded so far. No sync unless there is something to raise."""
+    """Raise what a kernel on ``device`` has recorded so far. No sync unless there is something to raise.
+
+    While a CUDA graph is captured nothing can be waited for: the record stays for the next call.
+    """
     state = _states.get(device)
-    if state is None or int(state.record[0]) == 0:
+    if state is None or not state.pending or _capturing(device):
         return
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    _, table, value, position, rows = state.record.tolist()
-    state.record.zero_()
-    state.flag.zero_()
-    raise IndexError(message(TABLES[table], value, position, rows))
+    with _lock, _plain_tensors():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found, table, value, position, rows, op = state.record.tolist()
+        state.record.zero_()
+        state.flag.zero_()
+    if found:  # else another thread has raised it
+        raise IndexError(message(TABLES[table], value, position, rows, OPS[op]))
 
 
 def check_errors(device: torch.device | str | None = None) -> None:
@@ -94,7 +156,7 @@ def check_errors(device: torch.device | str | None = None) -> None:
         device: one device; None checks every device that has run an op.
 
     Raises:
-        IndexError: naming the table, the first recorded id, its position and the table's size.
+        IndexError: naming the op, the table, the first recorded id, its position and the table's size.
     """
     devices = list(_states) if device is None else [torch.empty(0, device=device).device]
     for one in devices:
@@ -104,6 +166,9 @@ def check_errors(device: torch.device | str | None = None) -> None:
 
 
 def after_launch(device: torch.device) -> None:
-    """Called after every launch that looks ids up: with ``EMBEDKERNELS_CHECK_IDS=1``, wait and raise at once."""
-    if os.environ.get("EMBEDKERNELS_CHECK_IDS", "0") == "1":
+    """Called after every launch that looks ids up: with ``EMBEDKERNELS_CHECK_IDS=1``, wait and raise at once.
+
+    Not while a CUDA graph is captured, which runs nothing that could be waited for.
+    """
+    if os.environ.get("EMBEDKERNELS_CHECK_IDS", "0") == "1" and not _capturing(device):
         check_errors(device)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedkernels.reference.random import keep_from_bits, philox
+from embedkernels.reference.random import keep_from_bits, keep_scale, philox
 
 
 def visible_keys(
@@ -116,8 +116,7 @@ def attention(
         probabilities = torch.where(visible, probabilities, 0.0)
     if dropout_p > 0:
         keep = attention_keep_mask(seed, batch, heads, num_queries, num_keys, dropout_p, query.device)
-        rescale = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-        probabilities = torch.where(keep, probabilities * rescale, 0.0)
+        probabilities = torch.where(keep, probabilities * keep_scale(dropout_p), 0.0)
     return probabilities @ value
 
 
@@ -141,7 +140,7 @@ def sdpa(
     """
     if query.shape[1] == 0:  # kills the process in torch 2.11
         return query @ key.transpose(2, 3) @ value
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # with dynamic sizes the comparison is symbolic
     plain = key_mask is None and key_lengths is None and key_starts is None
     if plain and (not is_causal or query_offset == 0):
         return F.scaled_dot_product_attention(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedkernels.reference.random import row_keep_mask
+from embedkernels.reference.random import keep_scale, row_keep_mask
 
 
 class Lookup(Protocol):
@@ -34,14 +34,17 @@ def embed(
     padding_idx: int | None = None,
     position_padding_idx: int | None = None,
     lookup: Lookup = F.embedding,
+    type_lookup: Lookup | None = None,
+    position_lookup: Lookup | None = None,
     seed: Tensor | int | None = None,
 ) -> Tensor:
     """y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])), op by op in the order of Hugging Face's BERT.
 
-    The arguments are those of :func:`embedkernels.embed`, and two more:
+    The arguments are those of :func:`embedkernels.embed`, and these:
 
     Args:
         lookup: how rows are taken from a table.
+        type_lookup, position_lookup: the same for one table; None is ``lookup``.
         seed: the dropout mask is that of ``reference.random.row_keep_mask``; None draws it with ``F.dropout``.
 
     Returns:
@@ -51,13 +54,13 @@ def embed(
     if type_weight is not None:
         if type_ids is None:
             type_ids = torch.zeros((1,) * ids.dim(), dtype=torch.int64, device=ids.device)
-        y = y + lookup(type_ids, type_weight)
+        y = y + (type_lookup or lookup)(type_ids, type_weight)
     if position_weight is not None:
         if position_ids is None:
             length = ids.shape[-1] if ids.dim() else 1
             position_ids = torch.arange(position_start, position_start + length, device=ids.device)
             position_ids = position_ids.reshape(ids.shape[-1:])
-        y = y + lookup(position_ids, position_weight, padding_idx=position_padding_idx)
+        y = y + (position_lookup or lookup)(position_ids, position_weight, padding_idx=position_padding_idx)
     if norm is not None:
         y = _layer_norm(y, norm_weight, norm_bias, norm_eps)
     if dropout_p > 0.0:
@@ -71,14 +74,20 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     if parameter is None or parameter.dtype == x.dtype:
         return F.layer_norm(x, shape, weight, bias, eps)
     # fp32 parameters over 16-bit tables: not every device takes the mixture.
-    return F.layer_norm(x.to(parameter.dtype), shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x.to(parameter.dtype), shape, weight, bias, eps).to(norm_dtype(x.device, x.dtype))
+
+
+def norm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a LayerNorm's output: CUDA autocast leaves it in fp32, CPU autocast leaves LayerNorm alone."""
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return dtype
 
 
 def _seeded_dropout(x: Tensor, p: float, seed: Tensor | int) -> Tensor:
     width = x.shape[-1]
     keep = row_keep_mask(seed, x.numel() // max(width, 1), width, p, x.device).reshape(x.shape)
-    scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(keep, x * keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def positions_from_padding(ids: Tensor, padding_idx: int, past_length: int = 0) -> Tensor:

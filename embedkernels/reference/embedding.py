@@ -66,6 +66,29 @@ def embedding_plan(
     return order.to(torch.int32), segment_ids[:n], offsets[: n + 1], count
 
 
+def planned_rows(order: Tensor, segment_ids: Tensor, segment_offsets: Tensor, count: Tensor) -> Tensor:
+    """The table's row of every position of a plan, -1 where the id was dropped: int64 (N). Never waits."""
+    n = order.numel()
+    rows = torch.full((n + 1,), -1, dtype=torch.int64, device=order.device)
+    if n == 0:
+        return rows[:n]
+    at = torch.arange(n, device=order.device)
+    segment, kept = _segment_of_each(segment_offsets, count, at)
+    # What a plan holds behind its last segment means nothing: those places write to an element that is cut off.
+    target = torch.where(at < kept, order, n).long()
+    values = segment_ids.gather(0, segment.clamp(min=0)).long()
+    return rows.scatter_(0, target, torch.where(at < kept, values, -1))[:n]
+
+
+def _segment_of_each(segment_offsets: Tensor, count: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The segment that each place ``at`` of the sorted order lies in, and how many places lie in one."""
+    n = at.numel()
+    kept = segment_offsets.gather(0, count.long())
+    # Behind the last segment a plan's elements mean nothing: give them values that sort behind all places.
+    starts = torch.where(at < count, segment_offsets[:n], n + 1).long()
+    return torch.searchsorted(starts, at, right=True) - 1, kept
+
+
 def embedding_grad_dense(
     grad_rows: Tensor, order: Tensor, segment_ids: Tensor, segment_offsets: Tensor, count: Tensor, num_rows: int
 ) -> Tensor:
@@ -84,10 +107,7 @@ def embedding_grad_dense(
     if n == 0:
         return out[:num_rows]
     at = torch.arange(n, device=grad_rows.device)
-    # Behind the last segment a plan's elements mean nothing: give them values that sort and scatter harmlessly.
-    kept = segment_offsets.gather(0, count.long())
-    starts = torch.where(at < count, segment_offsets[:n], n + 1).long()
-    segment = torch.searchsorted(starts, at, right=True) - 1
+    segment, kept = _segment_of_each(segment_offsets, count, at)
     last = torch.cat((segment[1:] != segment[:-1], segment.new_ones(1, dtype=torch.bool)))
     last = (last & (at + 1 < kept)) | (at + 1 == kept)
     rows = torch.where(last, segment_ids.gather(0, segment.clamp(min=0)), num_rows).long()

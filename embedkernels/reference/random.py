@@ -49,6 +49,12 @@ def philox(seed: Tensor | int, c0: Tensor, c1: Tensor | int = 0, c2: Tensor | in
     return x0, x1, x2, x3
 
 
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied by: 1 / (1 - p), and 0 where ``p``, as the float32 it is used as, is 1."""
+    p = float(torch.tensor(p, dtype=torch.float32))
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
 def keep_from_bits(bits: Tensor, p: float) -> Tensor:
     """True where an element survives dropout of probability ``p``: its upper 24 bits, as a fraction, are ≥ p."""
     return (bits >> 8).to(torch.float32) * 2.0**-24 >= torch.tensor(p, dtype=torch.float32, device=bits.device)

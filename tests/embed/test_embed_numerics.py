@@ -85,7 +85,7 @@ def test_training_sizes_meet_the_contract(
 
 @pytest.mark.parametrize("eps", [1e-12, 0.0, 0.1])
 def test_eps_of_the_norm_is_honoured(eps: float, device: torch.device) -> None:
-    assert_contract(make((2, 3), 24, device=device, norm_eps=eps))
+    assert_contract(make((12, 16), 24, device=device, norm_eps=eps))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 1), (2, 1, 3), (2, 2, 2, 2)], ids=str)
@@ -147,13 +147,13 @@ def test_upstream_gradient_may_have_any_strides(device: torch.device) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS[1:])
 def test_padding_rows_get_no_gradient(positions: str, device: torch.device) -> None:
-    case = make((3, 6), 8, device=device, positions=positions, padding_idx=2, position_padding_idx=4)
+    case = make((12, 16), 24, device=device, positions=positions, padding_idx=2, position_padding_idx=4)
     case.ids[0, :2] = 2
     if "position_ids" in case.options:
         case.options["position_ids"] = case.options["position_ids"].clone()
         case.options["position_ids"][0, :2] = 4
     assert_contract(case)
-    grads = case.gradients(case.run(), torch.randn(3, 6, 8, device=device))
+    grads = case.gradients(case.run(), torch.randn(12, 16, 24, device=device))
     assert grads["weight"][2].eq(0).all()
     assert grads["position_weight"][4].eq(0).all()
     assert grads["weight"].ne(0).any()

@@ -1,13 +1,16 @@
 """The op within PyTorch: opcheck, compile, autocast, frozen parts, determinism."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import embedkernels as ek
 from embedkernels.kernels import embed as kernels
-from embedkernels.ops.embed import _output_dtype
+from embedkernels.ops.backend import Choice
+from embedkernels.reference.embed import norm_dtype
 from tests.embed.cases import NORMS, PARAMETERS, Case, make
 
 
@@ -193,21 +196,40 @@ def test_under_autocast_the_torch_backend_equals_stock_modules(
     assert torch.equal(y, expected)
 
 
-def test_under_cuda_autocast_a_norm_s_output_is_fp32() -> None:
-    """LayerNorm autocasts to fp32 on CUDA, an embedding alone does not."""
-
-    class OnCuda:
-        device, dtype = torch.device("cuda"), torch.bfloat16
-
+@pytest.fixture
+def _cuda_autocast() -> Iterator[None]:
+    """CUDA's autocast, also where there is no such device."""
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
-    try:
-        assert _output_dtype(OnCuda, "layer") == torch.float32  # type: ignore[arg-type]
-        assert _output_dtype(OnCuda, None) == torch.bfloat16  # type: ignore[arg-type]
-        assert _output_dtype(torch.zeros(1, 1).bfloat16(), "layer") == torch.bfloat16
-    finally:
-        torch.set_autocast_enabled("cuda", before)
-    assert _output_dtype(OnCuda, "layer") == torch.bfloat16  # type: ignore[arg-type]
+    yield
+    torch.set_autocast_enabled("cuda", before)
+
+
+@pytest.mark.usefixtures("_cuda_autocast")
+def test_under_cuda_autocast_a_norm_s_output_is_fp32() -> None:
+    """LayerNorm autocasts to fp32 on CUDA, and CPU autocast is another matter."""
+    assert norm_dtype(torch.device("cuda"), torch.bfloat16) == torch.float32
+    assert norm_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
+    torch.set_autocast_enabled("cuda", False)
+    assert norm_dtype(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("parameters", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.usefixtures("_cuda_autocast")
+def test_under_cuda_autocast_every_backend_has_stock_s_output_dtype(
+    backend: str, parameters: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 tables under fp32 or bf16 norms, on tensors that only pretend to be on a GPU."""
+    monkeypatch.setattr("embedkernels.ops.embed.choose", lambda *_: Choice(backend, "the best"))  # type: ignore[arg-type]
+    with FakeTensorMode():
+        ids = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        weight = torch.zeros(5, 8, dtype=torch.bfloat16, device="cuda")
+        norm = None if parameters is None else torch.ones(8, dtype=parameters, device="cuda")
+        rows = torch.nn.functional.embedding(ids, weight)
+        stock = torch.nn.functional.layer_norm(rows, (8,), norm, norm)
+        y = ek.embed(ids, weight, norm="layer", norm_weight=norm, norm_bias=norm)
+    assert y.dtype == stock.dtype == torch.float32
 
 
 def test_output_may_be_fp32_over_16_bit_tables(device: torch.device) -> None:
