@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from embedkernels.ops.backend import Backend, Choice, choose
+from embedkernels.ops import ids as id_errors
+from embedkernels.ops.arguments import checked_int, checked_number
+from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.reference import attention as reference
 
 HEAD_SIZES = (16, 128)
@@ -19,6 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_ROW_STRIDE = 1 << 24
 # Positions are 32-bit in the kernels.
 _LARGEST_OFFSET = 1 << 30
+# In float32, products of the scale with log2(e) and with dropout's 1/(1 - p) must stay finite; a scale below the
+# normal numbers is 0.
+_LARGEST_SCALE = 2.0**100
+_SMALLEST_SCALE = 2.0**-126
 
 
 def attention(
@@ -43,7 +50,8 @@ def attention(
 
     over the keys that a query sees. A query that sees no key gives zeros, and gets and gives zero gradients. Keys
     that are masked for a whole batch row cost nothing where they lie before the first or after the last that counts.
-    The Triton backend is deterministic, forward and backward.
+    The Triton backend is deterministic, forward and backward. Forward-mode derivatives and the transforms of
+    ``torch.func`` run on ``scaled_dot_product_attention``.
 
     Args:
         query: (B, H, Sq, D); float32, bfloat16 or float16. Any strides; copied only if the last is not 1.
@@ -53,7 +61,7 @@ def attention(
         dropout_p: probability of dropping a weight, in [0, 1]. Applied whenever it is not 0: pass 0 in evaluation.
             Kept weights are scaled by 1/(1 - p).
         is_causal: query i sees the keys up to i + ``query_offset``.
-        scale: factor of the scores; None for 1/sqrt(D).
+        scale: factor of the scores, at most 2**100 in magnitude; None for 1/sqrt(D).
         enable_gqa: allow Hkv < H, H a multiple of Hkv: query head h reads key head h // (H / Hkv).
         key_mask: bool (B, Sk) or (1, Sk), True for keys that count, in any pattern.
         key_lengths: int32 or int64 (B,): only the keys in [start, start + length) count.
@@ -66,8 +74,10 @@ def attention(
         (B, Sq, H, D)-contiguous memory.
 
     Raises:
-        TypeError: an argument that is not a tensor, or of a dtype that it cannot have.
+        IndexError: not from this op, which has no ids: what an earlier op has recorded on a GPU.
+        TypeError: an argument of another type, or a tensor of a dtype that it cannot have.
         ValueError: shapes, devices or values that do not fit together.
+        NotImplementedError: ``backend="triton"`` with a forward-mode tangent or within a transform of ``torch.func``.
         RuntimeError: ``backend="triton"`` for a call or on a device that it cannot serve; the message says why.
 
     Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
@@ -81,6 +91,8 @@ def attention(
     _check_tensors(query, key, value)
     _check_values(dropout_p, scale, query_offset)
     masks = (key_mask, key_lengths, key_starts)
+    id_errors.begin(query.device)
+    stock = needs_stock_autograd(query, key, value, attn_mask if isinstance(attn_mask, Tensor) else None)
     if attn_mask is not None:
         if any(mask is not None for mask in masks) or query_offset != 0:
             raise ValueError(
@@ -92,27 +104,29 @@ def attention(
                 "attention: backend 'triton' does not take attn_mask: use key_mask, or backend='torch'"
             )
         choose("attention", query.device, backend)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        if query.shape[1] == 0:  # kills the process in torch 2.11
+            raise ValueError(f"attention: query must have at least 1 head with attn_mask, got {tuple(query.shape)}")
+        with _implementations():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     _check_shapes(query, key, value)
     _check_masks(query, key, *masks)
     _check_heads(query, key, enable_gqa)
-    autocast = torch.is_autocast_enabled(query.device.type)
-    if not (autocast or query.dtype == key.dtype == value.dtype):
-        raise TypeError(
-            f"attention: query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if attention_backend(query, key, value, backend).backend == "torch":
-        return reference.sdpa(
-            query, key, value, dropout_p, is_causal, scale,
-            key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
-        )  # fmt: skip
-    if autocast:
+    _check_dtypes(query, key, value)
+    if stock:
+        check_stock_autograd("attention", query.device, backend)
+    if stock or attention_backend(query, key, value, backend).backend == "torch":
+        with _implementations():
+            return reference.sdpa(
+                query, key, value, dropout_p, is_causal, scale,
+                key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
+            )  # fmt: skip
+    if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(_autocast_dtype(x)) for x in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     # The kernels look for the highest score before they scale it: they need a scale above 0.
-    if scale == 0:
+    if -_SMALLEST_SCALE < scale < _SMALLEST_SCALE:
         query, scale = query * 0, 1.0
     elif scale < 0:
         query, scale = -query, -scale
@@ -132,6 +146,11 @@ def attention(
         query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, float(dropout_p)
     )[0]
     return out
+
+
+def _implementations() -> contextlib.AbstractContextManager[None]:
+    """SDPA's fused implementations have no forward-mode derivative, and it chooses them all the same."""
+    return sdpa_kernel(SDPBackend.MATH) if forward_ad._current_level >= 0 else contextlib.nullcontext()
 
 
 def attention_backend(query: Tensor, key: Tensor, value: Tensor, backend: Backend | None = None) -> Choice:
@@ -215,11 +234,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_values(dropout_p: float, scale: float | None, query_offset: int) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
+    if not 0.0 <= checked_number(dropout_p, "dropout_p", "attention") <= 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"attention: scale must be finite, got {scale}")
-    if not -_LARGEST_OFFSET < query_offset < _LARGEST_OFFSET:
+    if scale is not None and not -_LARGEST_SCALE <= checked_number(scale, "scale", "attention") <= _LARGEST_SCALE:
+        raise ValueError(f"attention: scale must be between -2**100 and 2**100, got {scale}")
+    if not -_LARGEST_OFFSET < checked_int(query_offset, "query_offset", "attention") < _LARGEST_OFFSET:
         raise ValueError(f"attention: query_offset must be between -2**30 and 2**30, got {query_offset}")
 
 
@@ -232,10 +251,21 @@ def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
             f"attention: query has {heads} heads, key and value have {heads_kv}: "
             "pass enable_gqa=True for grouped query attention"
         )
-    if heads_kv == 0 or heads % heads_kv != 0:
+    if heads == 0 or heads_kv == 0 or heads % heads_kv != 0:
         raise ValueError(
-            f"attention: the heads of query must be a multiple of those of key, got {heads} and {heads_kv}"
+            f"attention: the heads of query must be a positive multiple of those of key, got {heads} and {heads_kv}"
         )
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """One dtype for all three, once autocast has cast what it casts."""
+    used = [_autocast_dtype(x) for x in (query, key, value)]
+    if used[0] == used[1] == used[2]:
+        return
+    given = f"{query.dtype}, {key.dtype} and {value.dtype}"
+    if torch.is_autocast_enabled(query.device.type):
+        given += f", which autocast makes {used[0]}, {used[1]} and {used[2]}"
+    raise TypeError(f"attention: query, key and value must have one dtype, got {given}")
 
 
 def _check_masks(
@@ -314,6 +344,7 @@ def _forward_impl(
 ) -> tuple[Tensor, Tensor]:
     from embedkernels.kernels.attention_forward import forward
 
+    id_errors.raise_pending(query.device)
     out, lse = _forward_outputs(query)
     with _on(query.device):
         forward(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from embedkernels.ops.embedding_grad import check_ids_tensor, checked_int
+from embedkernels.ops.arguments import checked_int, checked_number
+from embedkernels.ops.embedding_grad import check_ids_tensor
 
 if TYPE_CHECKING:
     from embedkernels.kernels.embed import Inputs
@@ -33,7 +34,7 @@ def check_call(
     if norm not in (None, "layer"):
         raise ValueError(f"embed: norm must be None or 'layer', got {norm!r}")
     check_norm_parameters(norm is not None, norm_weight, norm_bias, weight)
-    if not 0.0 <= _number("norm_eps", norm_eps) < math.inf:
+    if not 0.0 <= checked_number(norm_eps, "norm_eps", "embed") < math.inf:
         raise ValueError(f"embed: norm_eps must be finite and not negative, got {norm_eps}")
     check_dropout(dropout_p)
 
@@ -75,7 +76,7 @@ def check_norm_parameters(norm: bool, norm_weight: Tensor | None, norm_bias: Ten
 
 
 def check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= _number("dropout_p", dropout_p) <= 1.0:
+    if not 0.0 <= checked_number(dropout_p, "dropout_p", "embed") <= 1.0:
         raise ValueError(f"embed: dropout_p must be in [0, 1], got {dropout_p}")
 
 
@@ -132,12 +133,6 @@ def check_saved(grad: Tensor, ids: Tensor, weight: Tensor, norm: bool, mean: Ten
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _number(name: str, value: float) -> float:
-    if not isinstance(value, (int, float, torch.SymFloat)):
-        raise TypeError(f"embed: {name} must be a number, got {type(value).__name__}")
-    return value
 
 
 def _check_is_tensor(name: str, given: object) -> None:

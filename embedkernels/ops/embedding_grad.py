@@ -10,7 +10,6 @@ table's gradient.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedkernels.ops import ids as id_errors
+from embedkernels.ops.arguments import checked_int
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.reference import embedding as reference
 
@@ -49,16 +49,6 @@ class EmbeddingPlan:
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
     """The dtypes in words, for a message."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def checked_int(value: object, name: str, op: str) -> int:
-    """``value`` if it counts as an int, also a symbolic one; else a TypeError that names the argument."""
-    if isinstance(value, (int, torch.SymInt)):
-        return value  # type: ignore[return-value]
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}") from None
 
 
 def check_ids_tensor(ids: Tensor, op: str) -> None:

@@ -65,6 +65,22 @@ def test_any_scale(scale: float, device: torch.device) -> None:
     check(cases.inputs(lengths=(18, 21), head_size=16, scale=scale, is_causal=True, device=device, **mask))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.9])
+@pytest.mark.parametrize("scale", [1e-46, -1e-46, 1e-39, 1.2e-38, 1e-30])
+def test_scales_next_to_0(scale: float, dropout_p: float, device: torch.device) -> None:
+    """Below float32's normal numbers and just above: every visible key has the same weight."""
+    call = cases.inputs(
+        lengths=(18, 21), head_size=16, scale=scale, is_causal=True, dropout_p=dropout_p, device=device
+    )
+    check(call)
+
+
+@pytest.mark.parametrize("scale", [2.0**100, -(2.0**100)])
+def test_the_largest_scale_gives_numbers(scale: float, device: torch.device) -> None:
+    call = cases.inputs(lengths=(18, 21), head_size=16, scale=scale, dropout_p=0.9999999, device=device)
+    assert all(torch.isfinite(x).all() for x in cases.ours(call))
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("scale", [1.0, 8.0, 40.0])
 def test_large_scores(scale: float, dtype: torch.dtype, device: torch.device) -> None:

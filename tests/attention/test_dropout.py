@@ -13,7 +13,11 @@ from embedkernels.reference.attention import attention_keep_mask
 from tests.attention import cases
 
 
-@pytest.mark.parametrize("p", [1e-6, 0.25, 0.999])
+# The least that drops anything and less than that, the largest float32 below 1, and what float32 rounds up to 1.
+PROBABILITIES = [2.0**-24, 1e-30, 1e-6, 0.25, 0.999, 1 - 2.0**-24, 1 - 2.0**-25, 0.99999999, 1.0]
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
 def test_the_kernels_drop_what_the_reference_drops(p: float, device: torch.device) -> None:
     """Bit for bit, in all three kernels, read off with uniform weights and one-hot values, gradients and keys."""
     num_queries, num_keys, heads = 41, 64, 2
@@ -67,9 +71,10 @@ def test_no_two_heads_or_seeds_share_a_mask() -> None:
     assert len(torch.cat([keep, other]).unique(dim=0)) == 8
 
 
-def test_everything_dropped(device: torch.device) -> None:
-    """p = 1: zeros, forward and backward."""
-    for x in cases.ours(cases.inputs(lengths=(18, 20), head_size=16, dropout_p=1.0, device=device)):
+@pytest.mark.parametrize("p", [0.99999999, 1.0])
+def test_everything_dropped(p: float, device: torch.device) -> None:
+    """p = 1, or what is 1 in float32: zeros, forward and backward."""
+    for x in cases.ours(cases.inputs(lengths=(18, 20), head_size=16, dropout_p=p, device=device)):
         assert (x == 0).all()
 
 

@@ -33,10 +33,16 @@ BAD = [
     ((Q, K[..., :8], V), {}, ValueError, "key must have the batch and head size of query"),
     ((Q, K, V[:, :, :5]), {}, ValueError, "batch, heads and length of key, (2, 4, 6), got shape (2, 4, 5, 16)"),
     ((Q, K[:, :2], V[:, :2]), {}, ValueError, "query has 4 heads, key and value have 2: pass enable_gqa=True"),
-    ((Q, K[:, :3], V[:, :3]), {"enable_gqa": True}, ValueError, "must be a multiple of those of key, got 4 and 3"),
+    ((Q, K[:, :3], V[:, :3]), {"enable_gqa": True}, ValueError, "must be a positive multiple of those of key, got 4 and 3"),
     ((Q, K.to("meta"), V), {}, ValueError, "query is on cpu, key is on meta"),
     ((Q, K, V), {"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1], got 1.5"),
-    ((Q, K, V), {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ((Q[:, :0], K, V), {"enable_gqa": True}, ValueError, "must be a positive multiple of those of key, got 0 and 4"),
+    ((Q[:, :0], K, V), {"attn_mask": PAIRS}, ValueError, "must have at least 1 head with attn_mask"),
+    ((Q, K, V), {"dropout_p": "half"}, TypeError, "dropout_p must be a number, got str"),
+    ((Q, K, V), {"scale": float("nan")}, ValueError, "scale must be between -2**100 and 2**100, got nan"),
+    ((Q, K, V), {"scale": 3e38}, ValueError, "scale must be between -2**100 and 2**100, got 3e+38"),
+    ((Q, K, V), {"scale": "small"}, TypeError, "scale must be a number, got str"),
+    ((Q, K, V), {"query_offset": 1.5}, TypeError, "query_offset must be an int, got float"),
     ((Q, K, V), {"query_offset": 1 << 31}, ValueError, "query_offset must be between -2**30 and 2**30"),
     ((Q, K, V), {"key_mask": torch.ones(2, 6)}, TypeError, "True for keys that count; got torch.float32"),
     ((Q, K, V), {"key_mask": torch.ones(2, 5).bool()}, ValueError, "must have shape (2, 6) or (1, 6), got (2, 5)"),
@@ -58,6 +64,33 @@ def test_bad_arguments(tensors: Any, options: dict[str, Any], error: type[Except
     with pytest.raises(error, match=re.escape(message)) as caught:
         ek.attention(*tensors, **options)
     assert str(caught.value).startswith("attention: ")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_query_heads_and_several_key_heads_are_refused(backend: str, device: torch.device) -> None:
+    query, key = torch.zeros(1, 0, 5, 16, device=device), torch.zeros(1, 2, 7, 16, device=device)
+    with pytest.raises(ValueError, match="got 0 and 2"):
+        ek.attention(query, key, key, enable_gqa=True, backend=backend)  # type: ignore[arg-type]
+    key = key[:, :0]
+    assert ek.attention(query, key, key, backend=backend).shape == (1, 0, 5, 16)  # type: ignore[arg-type]
+
+
+def test_the_op_itself_gives_keys_that_no_head_reads_zeros(device: torch.device, monkeypatch: Any) -> None:
+    cases.poisoned_allocations(monkeypatch)
+    query = torch.zeros(1, 0, 5, 16, device=device)
+    key = torch.ones(1, 2, 7, 16, device=device, requires_grad=True)
+    out, _ = torch.ops.embedkernels.attention_forward(query, key, key, None, None, None, 0.25, False, 0, 0.0)
+    (grad,) = torch.autograd.grad(out, key, torch.zeros_like(out))
+    assert torch.equal(grad, torch.zeros_like(key))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_does_not_hide_mixed_dtypes(backend: str, device: torch.device) -> None:
+    """Autocast leaves float64 alone: next to a float32 query, two dtypes remain."""
+    q, k, v = qkv(device=device)
+    text = "torch.float32, torch.float64 and torch.float64, which autocast makes torch.bfloat16, torch.float64"
+    with torch.autocast(device.type, torch.bfloat16), pytest.raises(TypeError, match=re.escape(text)):
+        ek.attention(q, k.double(), v.double(), backend=backend)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("head_size", [8, 256])

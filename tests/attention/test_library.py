@@ -50,8 +50,10 @@ def test_opcheck_bounds(device: torch.device) -> None:
         torch.library.opcheck(OPS.attention_key_bounds.default, args)
 
 
+@pytest.mark.parametrize("dynamic", [None, False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compile_in_one_graph(backend: str, device: torch.device) -> None:
+def test_compile_in_one_graph(backend: str, dynamic: bool | None, device: torch.device) -> None:
+    torch.compiler.reset()
     call = cases.inputs(heads=(4, 2), lengths=(9, 20), head_size=16, layout="transposed", device=device)
     mask = cases.masks("right", 2, 20, device)["key_mask"]
 
@@ -61,7 +63,7 @@ def test_compile_in_one_graph(backend: str, device: torch.device) -> None:
         )
 
     plain = run(*call.leaves, mask)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*call.leaves, mask)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*call.leaves, mask)
     assert torch.equal(plain, compiled)
     gradients = (torch.autograd.grad(x, call.leaves, call.grad) for x in (plain, compiled))
     for a, b in zip(*gradients, strict=True):
@@ -103,3 +105,17 @@ def test_a_loss_that_does_not_use_the_output(device: torch.device) -> None:
     out = ek.attention(*call.leaves, backend="triton")
     (out.detach().sum() + call.query.sum()).backward()
     assert torch.equal(call.query.grad, torch.ones_like(call.query))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compile_with_any_number_of_heads(backend: str, device: torch.device) -> None:
+    """One graph for every number of heads, grouped or not."""
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ek.attention(q, k, v, enable_gqa=True, backend=backend)  # type: ignore[arg-type]
+
+    for heads in ((4, 2), (6, 3), (3, 3), (2, 2)):
+        call = cases.inputs(heads=heads, lengths=(9, 20), head_size=16, device=device)
+        assert torch.equal(run(*call.leaves), ek.attention(*call.leaves, enable_gqa=True, backend=backend))  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ from tests.embed.cases import drawn_seed, make
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-# The smallest probability that drops anything (2^-24, one value of the 24 bits), the next, and the largest below 1.
-PROBABILITIES = [2.0**-24, 3.0**-15, 0.1, 0.5, 1.0 - 2.0**-24, 1.0]
+# The smallest probability that drops anything (2^-24, one value of the 24 bits), the next, the largest below 1,
+# and what float32 rounds up to 1.
+PROBABILITIES = [2.0**-24, 3.0**-15, 0.1, 0.5, 1.0 - 2.0**-24, 0.99999999, 1.0]
 
 
 @pytest.mark.parametrize("p", PROBABILITIES)
@@ -26,8 +27,9 @@ def test_mask_is_the_reference_s_in_both_directions(rows: int, width: int, p: fl
     assert torch.equal(y != 0, keep)
     y.backward(torch.ones_like(y))
     assert torch.equal(weight.grad != 0, keep)
-    if p < 1:
-        scale = torch.tensor(1 / (1 - p), dtype=torch.float32, device=device)
+    in_float32 = float(torch.tensor(p, dtype=torch.float32))
+    if in_float32 < 1:
+        scale = torch.tensor(1 / (1 - in_float32), dtype=torch.float32, device=device)
         assert torch.equal(y, keep * scale)
         assert torch.equal(weight.grad, keep * scale)
 
