@@ -178,7 +178,11 @@ def compile_spec(spec: Any, target: str) -> tuple[Any, str]:
         compiled = triton.compile(
             ASTSource(spec.kernel, signature, constexprs, attrs),
             target=gpu_target(target),
-            options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+            options={
+                "num_warps": spec.num_warps,
+                "num_stages": spec.num_stages,
+                **({} if spec.max_registers is None else {"maxnreg": spec.max_registers}),
+            },
         )
     return compiled, printed.getvalue()
 

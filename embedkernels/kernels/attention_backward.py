@@ -41,7 +41,8 @@ from embedkernels.kernels.attention_blocks import (
     visible_pairs,
     with_columns,
 )
-from embedkernels.kernels.attention_forward import LOG2_E, heaviest
+from embedkernels.kernels.attention_forward import LOG2_E
+from embedkernels.kernels.attention_specs import every, listed
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
 from embedkernels.kernels.random import keep_scale, rounded
 from embedkernels.kernels.specs import CompileSpec
@@ -314,7 +315,7 @@ def backward(
             query, key, value, grad, rows, dk, dv, *masks, *inputs, *dk.stride()[:3], *dv.stride()[:3],
             mask_stride, heads_kv, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept, kept,
             dropout_p, group, head_size, width, tile.block_m, tile.block_n, *features,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options(),
         )  # fmt: skip
     if dq is not None and dq.numel():
         tile = tiles.dq
@@ -322,7 +323,7 @@ def backward(
             query, key, value, grad, rows, dq, *masks, *inputs, *dq.stride()[:3],
             mask_stride, heads, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept,
             dropout_p, group, head_size, width, tile.block_m, tile.block_n, *features,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options(),
         )  # fmt: skip
 
 
@@ -331,8 +332,8 @@ def _preprocess_warps(width: int) -> int:
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Every tile with causal order, bounds, a key mask, dropout and grouped heads; the preprocessing by width."""
-    specs = [*heaviest(attention_bwd_dkdv_kernel, "dkdv"), *heaviest(attention_bwd_dq_kernel, "dq")]
+    """The variants that stand for all; the preprocessing by width."""
+    specs = [*listed(attention_bwd_dkdv_kernel, "dkdv"), *listed(attention_bwd_dq_kernel, "dq")]
     kernel = attention_bwd_preprocess_kernel
     for dtype in ("bf16", "fp32"):
         for width in (16, 32, 64, 128):
@@ -348,3 +349,8 @@ def compile_specs() -> list[CompileSpec]:
             name = f"{kernel.__name__}[d{width},{dtype}]"
             specs.append(CompileSpec(name, kernel, signature, constexprs, _preprocess_warps(width), 3, aligned))
     return specs
+
+
+def every_variant() -> list[CompileSpec]:
+    """All variants that can be launched of the two kernels that have any."""
+    return [*every(attention_bwd_dkdv_kernel, "dkdv"), *every(attention_bwd_dq_kernel, "dq")]

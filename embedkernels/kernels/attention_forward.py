@@ -18,8 +18,6 @@ without keys.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +35,8 @@ from embedkernels.kernels.attention_blocks import (
     visible_pairs,
     with_columns,
 )
-from embedkernels.kernels.attention_tiles import TARGETS, block_d, shipped_tiles, tiles_for
+from embedkernels.kernels.attention_specs import every, listed
+from embedkernels.kernels.attention_tiles import block_d, tiles_for
 from embedkernels.kernels.random import keep_scale, rounded
 from embedkernels.kernels.specs import CompileSpec
 
@@ -164,40 +163,15 @@ def forward(
         heads, num_queries, num_keys, query_offset, scale * LOG2_E, dropout_p, keep_scale(dropout_p),
         heads // heads_kv, head_size, block_d(head_size), tile.block_m, tile.block_n,
         is_causal, bounds is not None, key_mask is not None, dropout_p > 0,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options(),
     )  # fmt: skip
 
 
-def heaviest(kernel: Any, which: str) -> list[CompileSpec]:
-    """Every shipped tile of a kernel with every feature on, at a head size that fills it and at one that does not."""
-    pointers = {"lse_ptr": "*fp32", "rows_ptr": "*fp32", "bounds_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
-    floats = ("scale_log2", "dropout_p", "keep_scale", "dk_scale", "dv_scale", "dq_scale")
-    specs = []
-    for family, dtypes, width, dropout, tiles in shipped_tiles():
-        tile = getattr(tiles, which)
-        for dtype, head_size in [(dtype, size) for dtype in dtypes for size in {width, max(16, width * 3 // 4)}]:
-            constexprs = {
-                "GROUP": 3, "D": head_size, "BLOCK_D": width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-                "CAUSAL": True, "HAS_BOUNDS": True, "HAS_MASK": True, "DROPOUT": dropout,
-            }  # fmt: skip
-            signature = {
-                name: pointers.get(name, "*" + dtype)
-                if name.endswith("_ptr")
-                else ("fp32" if name in floats else "i32")
-                for name in kernel.arg_names
-                if name not in constexprs
-            }
-            aligned = {name for name in signature if name.endswith("_ptr") or "_stride_" in name}
-            label = f"{family},d{head_size},{'dropout,' if dropout else ''}{dtype}"
-            specs.append(
-                CompileSpec(
-                    f"{kernel.__name__}[{label}]", kernel, signature, constexprs, tile.num_warps,
-                    tile.num_stages, frozenset(aligned - {"mask_stride_b"}), TARGETS[family],
-                )
-            )  # fmt: skip
-    return specs
-
-
 def compile_specs() -> list[CompileSpec]:
-    """Every tile with causal order, bounds, a key mask, dropout and grouped heads."""
-    return heaviest(attention_fwd_kernel, "forward")
+    """The variants that stand for all."""
+    return listed(attention_fwd_kernel, "forward")
+
+
+def every_variant() -> list[CompileSpec]:
+    """All variants that can be launched."""
+    return every(attention_fwd_kernel, "forward")

@@ -20,12 +20,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one tile, warps of a program, stages of its pipeline."""
+    """Queries and keys of one tile, warps of a program, stages of its pipeline.
+
+    ``max_registers``, if given, keeps ptxas from settling on fewer registers a thread, for the sake of occupancy, at
+    the price of a few bytes of spill.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What a launch passes to Triton beside the block sizes."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 @dataclass(frozen=True)

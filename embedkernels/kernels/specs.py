@@ -22,6 +22,7 @@ class CompileSpec:
         constexprs: value of every constexpr argument by name.
         num_warps, num_stages: as at launch.
         divisible_by_16: names of the arguments that a launch specialises as multiples of 16.
+        max_registers: of a thread, as at launch; None leaves it to the compiler. Only NVIDIA's obeys it.
         targets: the targets that are launched with this configuration, e.g. ``("sm_80", "sm_86")``; None for all.
     """
 
@@ -33,3 +34,4 @@ class CompileSpec:
     num_stages: int = 3
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     targets: tuple[str, ...] | None = None
+    max_registers: int | None = None
