@@ -121,14 +121,14 @@ def test_clean_lets_the_next_target_build_again(tmp_path):
 
 @pytest.fixture
 def site(tmp_path):
-    """Packages of which only torch is there: a function that says which torch."""
+    """Installs a torch that says what it was built for, and nothing else; returns a Python that has it."""
 
     def install(version, cuda, *requires):
         package, info = tmp_path / "torch", tmp_path / f"torch-{version}.dist-info"
         package.mkdir()
         info.mkdir()
-        (package / "__init__.py").write_text(f"from torch import version\n__version__ = {version!r}\n")
-        (package / "version.py").write_text(f"cuda = {cuda!r}\n")
+        (package / "__init__.py").touch()
+        (package / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
         lines = ["Metadata-Version: 2.1", "Name: torch", f"Version: {version}"]
         (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {name}" for name in requires)]) + "\n")
 
