@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,7 +37,8 @@ MACHINE = "Machine"
 def told(*, debug: bool) -> Iterator[None]:
     """Turn errors into a message, a remedy and an exit code; the traceback is shown with ``debug`` only."""
     try:
-        yield
+        with _terminable():
+            yield
     except Exception as error:
         console = Console(stderr=True)
         if debug:
@@ -53,6 +56,23 @@ def told(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command in good order, as Ctrl-C does: a run's process is ended and --output let go."""
+
+    def end(number: int, frame: Any) -> None:  # noqa: ARG001
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _version(asked: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,11 @@ class Encoder:
         return [{**row, "labels": label} for row, label in zip(_rows(batch), labels, strict=True)], longer
 
     def _tagged(self, examples: Sequence[Example]) -> tuple[list[Encoded], int]:
-        """A word's tag goes to its first token; its other tokens and the special tokens have none."""
+        """A word's tag goes to its first token; its other tokens and the special tokens have none.
+
+        A text whose words give no token, as blanks do, has nothing to learn: in a batch of its own its loss would be
+        the mean of nothing. It is left out.
+        """
         batch, longer = self._tokens([example.text for example in examples], words=True)
         encoded = []
         for index, (row, example) in enumerate(zip(_rows(batch), examples, strict=True)):
@@ -73,11 +78,16 @@ class Encoder:
                 first = word is not None and word != before
                 labels.append(self.label_ids[(example.label or [])[word]] if first else IGNORED)
                 before = word
-            encoded.append({**row, "labels": labels})
+            if any(label != IGNORED for label in labels):
+                encoded.append({**row, "labels": labels})
         return encoded, longer
 
     def _continued(self, examples: Sequence[Example]) -> tuple[list[Encoded], int]:
-        """Texts end with the end-of-text token; a long one is continued in sequences of its own."""
+        """Texts end with the end-of-text token; a long one is continued in sequences of its own.
+
+        The first token is predicted from nothing. A model never scores it, but transformers counts it among the
+        tokens that it divides a loss by, unless its label says otherwise.
+        """
         end = self.tokenizer.eos_token_id
         texts = self.tokenizer([example.text for example in examples], verbose=False)["input_ids"]
         encoded, longer = [], 0
@@ -88,7 +98,8 @@ class Encoder:
             for start in range(0, len(ids), self.max_length):
                 part = ids[start : start + self.max_length]
                 if len(part) > 1:  # a single token predicts nothing
-                    encoded.append({"input_ids": part, "attention_mask": [1] * len(part), "labels": list(part)})
+                    labels = [IGNORED, *part[1:]]
+                    encoded.append({"input_ids": part, "attention_mask": [1] * len(part), "labels": labels})
         return encoded, longer
 
 
@@ -97,10 +108,39 @@ def _rows(batch: Any) -> list[Encoded]:
     return [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
 
 
-def check_not_empty(encoded: Sequence[Encoded], argument: str) -> None:
+def check_length(length: int, tokenizer: Any, task: str) -> None:
+    """UsageError if ``length`` leaves no room for text: the tokenizer would not cut at all."""
+    own = tokenizer.num_special_tokens_to_add()
+    # A language model predicts a token from another.
+    least = max(own + 1, 2) if task == "causal-lm" else own + 1
+    if length < least:
+        raise UsageError(
+            f"--max-length: {length} leaves no room for text (the tokenizer adds {own} tokens of its own)",
+            f"Use at least {least}.",
+        )
+
+
+def check_not_empty(encoded: Sequence[Encoded], argument: str, task: str) -> None:
     """UsageError if no text is long enough to learn from."""
     if not encoded:
-        raise UsageError(f"{argument}: no text has the two tokens that it takes to predict one")
+        lacking = (
+            "has a word that gives a token, after the cut to --max-length"
+            if task == "token-classification"
+            else "has the two tokens that it takes to predict one"
+        )
+        raise UsageError(f"{argument}: no text {lacking}", "Is --text the right column?")
+
+
+def unknown_share(encoded: Sequence[Encoded], tokenizer: Any) -> float:
+    """The share of the texts' tokens that the tokenizer does not know; 0 if it has no token for that alone."""
+    unknown = tokenizer.unk_token_id
+    special = {one for one in tokenizer.all_special_ids if one != unknown}
+    roles = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if unknown is None or unknown in roles:
+        return 0.0
+    counts = Counter(token for row in encoded for token in row["input_ids"])
+    words = sum(count for token, count in counts.items() if token not in special)
+    return counts[unknown] / words if words else 0.0
 
 
 class Collator:

@@ -73,6 +73,8 @@ def load(settings: Settings) -> Data:
         eval_table = sources.load(evaluation_source, "--eval", wanted)
         evaluation = _examples(eval_table, settings, notices)
         evaluation_name = eval_table.name
+        if settings.evaluation is not None and sources.same(settings.train, settings.evaluation):
+            notices.append("--eval is the same as --train: its figures say nothing of texts not seen in training")
         if settings.evaluation is None:
             notices.append(f"no --eval: evaluating on {eval_table.name}")
     labels = () if settings.task == "causal-lm" else _labels(train, evaluation, table, evaluation_name, notices)
@@ -92,37 +94,71 @@ def _examples(table: Table, settings: Settings, notices: list[str]) -> list[Exam
     labels: Sequence[Any] = table.columns[columns["--label"]] if "--label" in columns else [None] * len(texts)
     parse = _PARSERS[settings.task]
     examples, dropped = [], []
+    kinds: dict[str, int] = {}
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if _absent(text) or ("--label" in columns and _absent(label)):
             dropped.append(row)
         else:
             examples.append(parse(text, label, table, row))
+            for one in label if isinstance(label, list) else [label]:
+                kinds.setdefault(_kind(one), row)
     what = " or ".join(f"a value in {column!r}" for column in columns.values())
     if not examples:
         raise UsageError(f"{table.argument}: no row of {table.name} has {what}")
     if dropped:
         notices.append(f"{len(dropped)} rows without {what} left out (first: {table.where(dropped[0])})")
+    if len(kinds) > 1:
+        places = listed(f"{kind} ({table.where(row)})" for kind, row in kinds.items())
+        notices.append(
+            f"--label: labels of several kinds: {places}; 1 and '1' are one class, true is the class 'True'"
+        )
     return examples
+
+
+def _kind(label: Any) -> str:
+    if isinstance(label, bool):
+        return "true or false"
+    return "numbers" if isinstance(label, (int, float)) else "texts"
 
 
 def _absent(value: Any) -> bool:
     if isinstance(value, float):
         return value != value
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+    return value is None or value == [] or (isinstance(value, (str, bytes)) and not value.strip())
+
+
+def _decoded(value: Any, option: str, table: Table, row: int) -> Any:
+    """The text of bytes, as Parquet files have them that were written without saying that they are texts."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{option}: {table.where(row)}: bytes that are not UTF-8 (0x{value[error.start]:02x})",
+            "Name a column of texts.",
+        ) from error
 
 
 def _text_of(value: Any, table: Table, row: int) -> str:
-    if isinstance(value, (list, dict)):
+    value = _decoded(value, "--text", table, row)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UsageError(
-            f"--text: {table.where(row)}: expected a text, got a {type(value).__name__}",
+            f"--text: {table.where(row)}: expected a text, got {_named(value)}",
             "Lists of words belong to --task token-classification." if isinstance(value, list) else "",
         )
     return str(value)
 
 
+def _named(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
 def _label_of(value: Any, table: Table, row: int) -> str:
+    value = _decoded(value, "--label", table, row)
     if isinstance(value, float):
-        if value != int(value):
+        # Neither are the infinities.
+        if not value.is_integer():
             raise UsageError(
                 f"--label: {table.where(row)}: {value} is a number, not a class",
                 "Classes are texts or whole numbers; name another column or round the values.",
@@ -130,7 +166,7 @@ def _label_of(value: Any, table: Table, row: int) -> str:
         value = int(value)
     if not isinstance(value, (str, int)):
         raise UsageError(
-            f"--label: {table.where(row)}: expected a text or a whole number, got a {type(value).__name__}",
+            f"--label: {table.where(row)}: expected a text or a whole number, got {_named(value)}",
             "One tag per word belongs to --task token-classification." if isinstance(value, list) else "",
         )
     return str(value).strip()
@@ -138,17 +174,18 @@ def _label_of(value: Any, table: Table, row: int) -> str:
 
 def _words_of(value: Any, option: str, table: Table, row: int) -> list[Any]:
     """A list as it is, from JSON in a text (as in a CSV cell), or from words separated by blanks."""
+    value = _decoded(value, option, table, row)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             # A first word such as "[1]" is no JSON list.
             value = value.split()
     elif isinstance(value, str):
         value = value.split()
     if not isinstance(value, list):
         raise UsageError(
-            f"{option}: {table.where(row)}: expected a list of words, got a {type(value).__name__}",
+            f"{option}: {table.where(row)}: expected a list of words, got {_named(value)}",
             'Write ["New", "York"] or New York.',
         )
     return value

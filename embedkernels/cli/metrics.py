@@ -48,7 +48,8 @@ def compute(task: str, labels: Sequence[str]) -> Callable[[Any], Metrics]:
         predictions, truth = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if task == "causal-lm":
             correct, count, loss = predictions.sum(axis=0)
-            return {"accuracy": correct / count, "perplexity": perplexity(loss / count), "tokens": count}
+            mean = loss / count
+            return {"accuracy": correct / count, "perplexity": perplexity(mean), "token_loss": mean, "tokens": count}
         if task == "classification":
             return {"accuracy": float((predictions == truth).mean())}
         kept = truth != IGNORED

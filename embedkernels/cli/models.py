@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from embedkernels.cli.errors import CliError, UsageError, did_you_mean, listed
+from embedkernels.cli.errors import CliError, UsageError, did_you_mean, listed, out_of_memory, siblings
 from embedkernels.cli.settings import Settings
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ def load_config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    config = _load("--model", settings.model, AutoConfig.from_pretrained)
+    config = _load("--model", settings.model, "config", AutoConfig.from_pretrained)
     if settings.task == "causal-lm":
         _check_reads_forward(config, settings)
     if settings.dropout is not None:
@@ -40,14 +41,15 @@ def load_tokenizer(settings: Settings) -> Any:
     """
     from transformers import AutoTokenizer
 
-    argument = "--tokenizer" if settings.tokenizer else "--model"
+    argument, source = ("--tokenizer", settings.tokenizer) if settings.tokenizer else ("--model", settings.model)
     # Byte-level tokenizers refuse words that were split already unless told that a blank stood before each.
     extra = {"add_prefix_space": True} if settings.task == "token-classification" else {}
 
     def load(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, **extra)
 
-    tokenizer = _load(argument, settings.tokenizer or settings.model, load)
+    tokenizer = _load(argument, source, "tokenizer", load)
+    _check_vocabulary(tokenizer, argument, source)
     if settings.task == "token-classification" and not tokenizer.is_fast:
         raise UsageError(
             f"{argument}: {type(tokenizer).__name__} cannot tell which word a token belongs to",
@@ -58,6 +60,20 @@ def load_tokenizer(settings: Settings) -> Any:
             raise UsageError(f"{argument}: the tokenizer has neither a padding token nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, argument: str, name: str) -> None:
+    """UsageError for a tokenizer without words: where its files are missing, transformers makes up such a one."""
+    files = set(getattr(type(tokenizer), "vocab_files_names", {}).values())
+    remedy = "Copy the tokenizer's files there, or name a tokenizer with --tokenizer."
+    directory = os.path.expanduser(name)
+    # Tokenizers of bytes and characters have no files.
+    if files and os.path.isdir(directory):
+        known = sorted({*files, "tokenizer.json"})
+        if not any(os.path.isfile(os.path.join(directory, file)) for file in known):
+            raise UsageError(f"{argument}: directory {name} holds no tokenizer (none of {listed(known)})", remedy)
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        raise UsageError(f"{argument}: the tokenizer of {name} knows no words, only special tokens", remedy)
 
 
 def load_model(settings: Settings, config: Any, tokenizer: Any, labels: tuple[str, ...]) -> tuple[Any, list[str]]:
@@ -99,10 +115,7 @@ def load_model(settings: Settings, config: Any, tokenizer: Any, labels: tuple[st
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=bool(labels), output_loading_info=True
         )
 
-    try:
-        model, info = _load("--model", settings.model, load)
-    except RuntimeError as error:
-        raise UsageError(f"--model: the weights in {settings.model} do not load: {_first_line(error)}") from error
+    model, info = _load("--model", settings.model, "model", load)
     mismatched = [key[0] if isinstance(key, (tuple, list)) else key for key in info["mismatched_keys"]]
     inside = [key for key in mismatched if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
@@ -161,38 +174,61 @@ def _check_reads_forward(config: Any, settings: Settings) -> None:
 
 def check_name(argument: str, name: str, needed: str | None = None) -> None:
     """UsageError if ``name`` is a path, but not to a directory that holds the file ``needed``."""
-    path = Path(name).expanduser()
-    if path.is_file():
+    # os.path: a name too long for a path is none, and no error.
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
         raise UsageError(f"{argument}: {name} is a file", "Name the directory that holds config.json.")
-    if path.is_dir():
+    if os.path.isdir(path):
         if needed is not None and not (path / needed).is_file():
-            there = listed(sorted(one.name for one in path.iterdir())) or "nothing"
+            there = listed(siblings(path / needed)) or "nothing"
             raise UsageError(f"{argument}: directory {name} holds no {needed}", f"It holds: {there}.")
     elif name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
-        close = did_you_mean(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UsageError(f"{argument}: there is no directory {name}", close.strip())
+        raise UsageError(f"{argument}: there is no directory {name}", did_you_mean(path.name, siblings(path)).strip())
 
 
-def _load(argument: str, name: str, load: Callable[[str], T]) -> T:
-    """Call a ``from_pretrained`` and put its errors into words."""
+def _load(argument: str, name: str, what: str, load: Callable[[str], T]) -> T:
+    """Call a ``from_pretrained`` and put its errors into words: whatever a file holds, it is the file's fault."""
     check_name(argument, name)
-    path = Path(name).expanduser()
+    path = os.path.expanduser(name)
+    local = os.path.isdir(path)
     try:
-        return load(str(path) if path.is_dir() else name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if path.is_dir():
-            raise UsageError(f"{argument}: {name} does not load: {_first_line(error)}") from error
-        offline = "HF_HUB_OFFLINE is set: unset it to download" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise UsageError(
-            f"{argument}: {name!r} is neither a directory here nor a model that can be had from the hub",
-            offline or "Check the spelling, the network and, for a gated model, your token (hf auth login).",
+        return load(path if local else name)
+    except ImportError as error:
+        raise CliError(
+            f"{argument}: the {what} of {name} needs a package that does not import: {_reason(error)}",
+            "Install the package with pip, then run again.",
         ) from error
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise CliError(f"{argument}: the weights in {name} cannot be read: {_first_line(error)}") from error
-        raise
+        if out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and not local:
+            offline = "HF_HUB_OFFLINE is set: unset it to download" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+            raise UsageError(
+                f"{argument}: {name!r} is neither a directory here nor a model that can be had from the hub "
+                f"({_reason(error)})",
+                offline or "Check the spelling, the network and, for a gated model, your token (hf auth login).",
+            ) from error
+        raise UsageError(
+            f"{argument}: the {what} of {name} does not load: {_reason(error)}", _REMEDIES[what]
+        ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+_REMEDIES = {
+    "config": "Check config.json, or copy the model again.",
+    "tokenizer": "Copy the tokenizer's files again, or name another with --tokenizer.",
+    "model": "Check that its config.json belongs to its weights, or copy the model again: a file may be cut off.",
+}
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of a library says, in a line."""
+    if isinstance(error, KeyError):
+        return f"the name {error} is unknown or missing"
+    if isinstance(error, pickle.UnpicklingError):
+        # It says at length how to load a file that one trusts and not why this one does not load.
+        return "its weights are no checkpoint of PyTorch, or a damaged one"
+    words = " ".join(str(error).split()) or "no message"
+    # Anything else than these was not meant to be read without its kind.
+    told = isinstance(error, (OSError, ImportError)) or type(error) in (ValueError, RuntimeError)
+    words = words if told else f"{type(error).__name__}: {words}"
+    return words if len(words) <= 300 else words[:297] + "..."

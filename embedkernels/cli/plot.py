@@ -19,7 +19,7 @@ def check() -> None:
         import matplotlib
 
         matplotlib.use("Agg")
-        import matplotlib.pyplot  # noqa: F401
+        import matplotlib.pyplot
     except Exception as error:  # of its settings file, too
         raise CliError(
             f"the picture of the losses needs matplotlib, which does not import ({error})",

@@ -94,7 +94,10 @@ class Settings:
         for argument, real, most in (("--lr", self.lr, MOST_RATE), ("--epochs", self.epochs, MOST)):
             if not 0 < real <= most:
                 raise UsageError(f"{argument}: must be a number above 0 and at most {most:g}, got {real}")
-        for argument, real, most in (("--weight-decay", self.weight_decay, MOST_RATE), ("--warmup", self.warmup, MOST)):
+        for argument, real, most in (
+            ("--weight-decay", self.weight_decay, MOST_RATE),
+            ("--warmup", self.warmup, MOST),
+        ):
             if not 0 <= real <= most:
                 raise UsageError(f"{argument}: must not be negative and at most {most:g}, got {real}")
         if self.warmup >= 1 and self.warmup != int(self.warmup):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedkernels.cli import tables
-from embedkernels.cli.errors import CliError, UsageError, did_you_mean, listed
+from embedkernels.cli.errors import UsageError, did_you_mean, listed, out_of_memory, siblings
 from embedkernels.cli.tables import Table
 
 # Names that evaluation splits go by, the best first.
@@ -24,11 +24,11 @@ def load(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
         wanted: the column that each argument names, by argument.
 
     Raises:
-        UsageError: there is no such file, format, data set, split or column, or there are no rows.
-        CliError: the file or data set cannot be read.
+        UsageError: there is no such file, format, data set, split or column, there are no rows, or it cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    # os.path throughout: a name too long for a path is no file, and no error.
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
         if tables.format_of(path) is None:
             raise UsageError(
                 f"{argument}: {path}: unknown format {path.suffix or path.name!r}",
@@ -36,18 +36,24 @@ def load(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
             )
         return tables.read(path, argument, wanted)
     # A data set's name may have a dot too, but then it has an owner: "owner/set.v2".
-    path = Path(_parts(source)[0]).expanduser()
-    looks_like_path = source.startswith((".", "~", os.sep)) or (path.suffix and path.parent.is_dir())
-    if looks_like_path and not path.is_dir():
+    path = Path(os.path.expanduser(_parts(source, argument)[0]))
+    looks_like_path = source.startswith((".", "~", os.sep)) or (path.suffix and os.path.isdir(path.parent))
+    if looks_like_path and not os.path.isdir(path):
         raise _no_file(path, argument)
     return _dataset(source, argument, wanted)
 
 
+def same(one: str, other: str) -> bool:
+    """Whether two sources are the same file or have the same name."""
+    files = [os.path.expanduser(source) for source in (one, other)]
+    return os.path.samefile(*files) if all(map(os.path.isfile, files)) else one == other
+
+
 def evaluation_split(source: str) -> str | None:
     """``NAME:SPLIT`` of the evaluation split that belongs to a data set named without a split; None if none does."""
-    if Path(source).expanduser().is_file():
+    if os.path.isfile(os.path.expanduser(source)):
         return None
-    name, config, split = _parts(source)
+    name, config, split = _parts(source, "--train")
     if split is not None:
         return None
     found = _open(name, config, "--train")
@@ -57,23 +63,25 @@ def evaluation_split(source: str) -> str | None:
 
 def _no_file(path: Path, argument: str) -> UsageError:
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return UsageError(f"{argument}: there is no file {path}", f"There is no directory {folder} either.")
     return UsageError(
         f"{argument}: there is no file {path}",
-        f"It is looked for in {folder.resolve()}.{did_you_mean(path.name, (one.name for one in folder.iterdir()))}",
+        f"It is looked for in {folder.resolve()}.{did_you_mean(path.name, siblings(path))}",
     )
 
 
-def _parts(source: str) -> tuple[str, str | None, str | None]:
-    if Path(source).expanduser().exists():
+def _parts(source: str, argument: str) -> tuple[str, str | None, str | None]:
+    if os.path.exists(os.path.expanduser(source)):
         return source, None, None
     folder, colon, split = source.rpartition(":")
-    if colon and Path(folder).expanduser().is_dir():
+    if colon and os.path.isdir(os.path.expanduser(folder)):
         return folder, None, split
     name, *rest = source.split(":")
     if len(rest) > 2:
-        raise UsageError(f"data set {source!r} has too many parts", "Use NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.")
+        raise UsageError(
+            f"{argument}: data set {source!r} has too many parts", "Use NAME, NAME:SPLIT or NAME:CONFIG:SPLIT."
+        )
     return name, (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else None)
 
 
@@ -86,12 +94,12 @@ def _open(name: str, config: str | None, argument: str) -> Any:
             f"{argument}: there is no file {name}, and data sets need a package that is not installed",
             f'Check the path (formats: {tables.formats()}), or pip install "embedkernels[datasets]".',
         ) from error
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     datasets.disable_progress_bars()
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if any(os.path.isfile(path / file) for file in ("state.json", "dataset_dict.json")):
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path) if path.is_dir() else name, config)
+        return datasets.load_dataset(str(path) if os.path.isdir(path) else name, config)
     except (FileNotFoundError, ConnectionError, OSError) as error:
         offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise UsageError(
@@ -99,7 +107,9 @@ def _open(name: str, config: str | None, argument: str) -> Any:
             f"Check the spelling and the network.{offline}",
         ) from error
     except Exception as error:  # a data set's own code or files may fail in any way
-        raise CliError(f"{argument}: data set {name!r} does not load: {_first_line(error)}") from error
+        if out_of_memory(error):
+            raise
+        raise UsageError(f"{argument}: data set {name!r} does not load: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -107,7 +117,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _dataset(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
-    name, config, split = _parts(source)
+    name, config, split = _parts(source, argument)
     found = _open(name, config, argument)
     if isinstance(found, dict):
         usual = ("train",) if argument == "--train" else EVALUATION_SPLITS

@@ -9,6 +9,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +75,8 @@ def read(path: Path, argument: str, wanted: Mapping[str, str]) -> Table:
         wanted: the column that each argument names, by argument.
 
     Raises:
-        UsageError: no such column, no rows, not the format its name says, not UTF-8.
-        CliError: the file cannot be read.
+        UsageError: no such column, no rows, not the format its name says, not UTF-8, not to be read.
+        CliError: a package is missing.
     """
     kind = format_of(path)
     assert kind is not None
@@ -86,8 +88,10 @@ def read(path: Path, argument: str, wanted: Mapping[str, str]) -> Table:
         raise UsageError(
             f"{argument}: {path} is not UTF-8 (byte 0x{error.object[error.start]:02x})", "Save it as UTF-8."
         ) from error
-    except (OSError, EOFError) as error:
-        raise CliError(f"{argument}: {path} cannot be read: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{argument}: {path} cannot be read: {error}", "It is damaged: copy it again.") from error
+    except OSError as error:
+        raise UsageError(f"{argument}: {path} cannot be read: {error.strerror or error}") from error
     if len(table) == 0:
         raise UsageError(f"{argument}: {path} has no rows")
     return table
@@ -101,6 +105,8 @@ def _open(path: Path) -> IO[str]:
 
 def _delimiter(header: str) -> str:
     """Comma, unless the header has none and has the semicolons or tabs that spreadsheets write."""
+    # A quoted name may hold any of them.
+    header = re.sub(r'"(?:[^"]|"")*"', "", header)
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
@@ -117,8 +123,7 @@ def _read_separated(path: Path, argument: str, wanted: Mapping[str, str], delimi
             if column not in header:
                 hint = " The first line of the file must name the columns."
                 raise missing_column(option, column, str(path), header, hint)
-            if header.count(column) > 1:
-                raise UsageError(f"{option}: {path} has {header.count(column)} columns named {column!r}")
+            _check_once(option, column, header, path)
             places[column] = header.index(column)
         columns: dict[str, list[Any]] = {column: [] for column in places}
         lines = []
@@ -135,6 +140,11 @@ def _read_separated(path: Path, argument: str, wanted: Mapping[str, str], delimi
                 lines.append(start)
             start = reader.line_num + 1
     return Table(argument, str(path), columns, lines)
+
+
+def _check_once(option: str, column: str, there: Sequence[str], path: Path) -> None:
+    if there.count(column) > 1:
+        raise UsageError(f"{option}: {path} has {there.count(column)} columns named {column!r}")
 
 
 def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
@@ -176,18 +186,29 @@ def _records(
     return columns, numbers
 
 
+def _json(text: str, path: Path, argument: str, line: int | None) -> Any:
+    """The content of a JSON text; ``line`` is its line in the file, None if it is the whole file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        remedy = "JSON lines have one complete object on each line; name a file with one array .json."
+        if line is None:
+            extra = error.msg == "Extra data"
+            remedy = f"Name a file with one object on each line {path.stem}.jsonl." if extra else ""
+        raise UsageError(
+            f"{argument}: {path}, line {line or error.lineno} is not JSON: {error.msg} (column {error.colno})", remedy
+        ) from error
+    except (ValueError, RecursionError) as error:
+        what = "is nested too deeply" if isinstance(error, RecursionError) else "has a number with too many digits"
+        raise UsageError(f"{argument}: {path}{'' if line is None else f', line {line}'} {what}") from error
+
+
 def _read_json_lines(path: Path, argument: str, wanted: Mapping[str, str]) -> Table:
     def records(file: IO[str]) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(
-                    f"{argument}: {path}, line {number} is not JSON: {error.msg} (column {error.colno})",
-                    "JSON lines have one complete object on each line; name a file with one array .json.",
-                ) from error
+            yield number, _json(line, path, argument, number)
 
     with _open(path) as file:
         columns, lines = _records(records(file), path, argument, wanted, "line")
@@ -196,15 +217,7 @@ def _read_json_lines(path: Path, argument: str, wanted: Mapping[str, str]) -> Ta
 
 def _read_json(path: Path, argument: str, wanted: Mapping[str, str]) -> Table:
     with _open(path) as file:
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError as error:
-            remedy = (
-                f"Name a file with one object on each line {path.stem}.jsonl." if error.msg == "Extra data" else ""
-            )
-            raise UsageError(
-                f"{argument}: {path}, line {error.lineno} is not JSON: {error.msg} (column {error.colno})", remedy
-            ) from error
+        content = _json(file.read(), path, argument, None)
     if isinstance(content, dict):
         # {"data": [...], "version": ...}: the one list in it holds the rows.
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -226,10 +239,15 @@ def _read_parquet(path: Path, argument: str, wanted: Mapping[str, str]) -> Table
         for option, column in wanted.items():
             if column not in there:
                 raise missing_column(option, column, str(path), there)
+            _check_once(option, column, there, path)
         table = parquet.read_table(path, columns=list(wanted.values()))
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{argument}: {path} is not a Parquet file: {str(error).splitlines()[0]}") from error
-    return Table(argument, str(path), {column: table[column].to_pylist() for column in wanted.values()})
+        columns = {column: table[column].to_pylist() for column in wanted.values()}
+    except pyarrow.ArrowException as error:
+        if isinstance(error, MemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{argument}: {path} is not a Parquet file, or a damaged one: {reason}") from error
+    return Table(argument, str(path), columns)
 
 
 def _read_text(path: Path, argument: str, wanted: Mapping[str, str]) -> Table:

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from embedkernels.cli import encoding, environment, metrics, models
-from embedkernels.cli.errors import CliError, UsageError
+from embedkernels.cli.errors import CliError, UsageError, listed
 from embedkernels.cli.examples import Data
 from embedkernels.cli.measure import PeakMemory, StepMeter
 from embedkernels.cli.settings import Settings
 from embedkernels.cli.speed import throughput
 
 Emit = Callable[[dict[str, Any]], None]
+# From this share of unknown tokens on, a text's meaning is lost to the model.
+MANY_UNKNOWN = 0.5
 
 
 class _MeasuredTrainer(Trainer):
@@ -94,11 +97,21 @@ def run(settings: Settings, data: Data, output: Path, *, patched: bool, emit: Em
 
     phase("encoding")
     length, why = _length(settings, model)
+    encoding.check_length(length, tokenizer, settings.task)
     encode = encoding.Encoder(tokenizer, settings.task, {name: i for i, name in enumerate(labels)}, length)
     train, longer = encode(data.train)
     evaluation, longer_too = encode(data.evaluation)
-    encoding.check_not_empty(train, "--train")
-    encoding.check_not_empty(evaluation, "--eval")
+    encoding.check_not_empty(train, "--train", settings.task)
+    encoding.check_not_empty(evaluation, "--eval", settings.task)
+    empty = len(data.train) + len(data.evaluation) - len(train) - len(evaluation)
+    if settings.task == "token-classification" and empty:
+        notice(f"{empty} texts left out: their words give no tokens")
+    unknown = encoding.unknown_share(train, tokenizer)
+    if unknown > MANY_UNKNOWN:
+        notice(
+            f"{unknown:.0%} of the training texts' tokens are unknown to the tokenizer ({tokenizer.unk_token}): "
+            "does it belong to the model, and the model to the language?"
+        )
     if longer + longer_too:
         done = "continued in further sequences" if settings.task == "causal-lm" else "cut"
         total = len(data.train) + len(data.evaluation)
@@ -125,7 +138,9 @@ def run(settings: Settings, data: Data, output: Path, *, patched: bool, emit: Em
     def evaluate(name: str) -> dict[str, float]:
         batches = math.ceil(len(evaluation) / settings.eval_batch_size)
         emit({"event": "phase", "name": name, "batches": batches})
-        return {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+        found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+        # The Trainer averages over batches; per token it is what the perplexity is of.
+        return {**found, "loss": found.get("token_loss", found["loss"])}
 
     before = evaluate("evaluating before")
     phase("training")
@@ -141,9 +156,15 @@ def run(settings: Settings, data: Data, output: Path, *, patched: bool, emit: Em
     losses = meter.losses()
     _check_finite(losses)
     after = evaluate("evaluating after")
+    _check_model(model, after["loss"])
 
     phase("saving")
-    _save(model, tokenizer, output)
+    try:
+        _save(model, tokenizer, output)
+    except (OSError, SafetensorError) as error:
+        raise CliError(
+            f"--output: the model cannot be saved in {output}: {error}", "Free space, or name another directory."
+        ) from error
     kept = ("accuracy", "loss", "precision", "recall", "f1", "perplexity")
     figures: dict[str, Any] = {"eval_loss" if key == "loss" else key: after[key] for key in kept if key in after}
     figures |= {f"{'eval_loss' if key == 'loss' else key}_before": before[key] for key in kept if key in before}
@@ -240,10 +261,23 @@ def _arguments(settings: Settings, output: Path, device: torch.device) -> Traini
 def _check_finite(losses: list[float]) -> None:
     first = next((step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     if first is not None:
-        raise CliError(
-            f"training diverged: the loss of step {first} of {len(losses)} is {losses[first - 1]}",
-            "Lower --lr, raise --warmup, or use --precision fp32 or bf16. No model was saved.",
-        )
+        raise _diverged(f"the loss of step {first} of {len(losses)} is {losses[first - 1]}")
+
+
+def _check_model(model: Any, loss: float) -> None:
+    """CliError for a model that the last step broke, which no training loss has seen."""
+    broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise _diverged(f"{listed(broken, 3)} of the trained model are not finite")
+    if not math.isfinite(loss):
+        raise _diverged(f"the evaluation loss of the trained model is {loss}")
+
+
+def _diverged(how: str) -> CliError:
+    return CliError(
+        f"training diverged: {how}",
+        "Lower --lr, raise --warmup, or use --precision fp32 or bf16. No model was saved.",
+    )
 
 
 def _save(model: Any, tokenizer: Any, output: Path) -> None:

@@ -71,6 +71,25 @@ def save_gpt2(path: Path) -> Path:
     return path
 
 
+def save_llama(path: Path) -> Path:
+    """A Llama whose tokenizer is the GPT-2's."""
+    words = tokenizer(special=False)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
 def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Sentences with one word that decides their class."""
     draw = random.Random(seed)

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.cli import support
+
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "demo.py"
 
 
@@ -40,6 +42,33 @@ def test_reviews_are_shuffled_balanced_and_apart(demo: ModuleType, tmp_path: Pat
 def test_the_seed_decides_the_order(demo: ModuleType, tmp_path: Path) -> None:
     first, same, other = (rows(demo.write_reviews(tmp_path / str(i), seed)[1]) for i, seed in enumerate((0, 0, 1)))
     assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--steps", "-3"), "error --steps: must be at least 1, got -3"),
+        (("--steps", "0"), "error --steps: must be at least 1, got 0"),
+        (("--seed", "-1"), "error --seed: must lie between 0"),
+        (("--output", "/dev/null/zz"), "error --output: /dev/null/zz-data, for the reviews, cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_errors_are_told(
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        demo.main()
+    assert caught.value.code == 2
+    assert expected in support.said(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 def test_a_missing_package_is_named(demo: ModuleType) -> None:

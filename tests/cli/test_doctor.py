@@ -98,6 +98,18 @@ def test_without_its_own_packages_the_command_says_what_to_install(missing: str)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("module", ["embedkernels", "embedkernels.cli", "embedkernels.cli.main"])
+def test_the_package_is_a_command(module: str) -> None:
+    words = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("embedkernels ")
+    block = f"import runpy, sys; sys.modules['typer'] = None; runpy.run_module({module!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ['  pip install "embedkernels[cli]"']
+
+
 def test_an_op_that_cannot_run_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(op: str, device: torch.device) -> Any:
         raise RuntimeError("broken in some way\nsecond line")

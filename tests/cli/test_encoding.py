@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 
 from embedkernels.cli import models
-from embedkernels.cli.encoding import IGNORED, Collator, Encoder, check_not_empty
+from embedkernels.cli.encoding import IGNORED, Collator, Encoder, check_length, check_not_empty, unknown_share
 from embedkernels.cli.errors import UsageError
 from embedkernels.cli.examples import Example
 from tests.cli import support
@@ -45,12 +47,49 @@ def test_a_language_model_loses_no_token_of_a_long_text() -> None:
     # The last text's end would be alone in a sequence of its own, where it predicts nothing.
     assert texts == [["the", "film", "was"], ["good", "<end>"], ["good", "<end>"], ["the", "film", "was"]]
     assert longer == 2
-    assert all(row["labels"] == row["input_ids"] for row in rows)
+    # Nothing comes before a sequence's first token to predict it from.
+    assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in rows)
 
 
 def test_nothing_to_predict_is_an_error() -> None:
     with pytest.raises(UsageError, match="--train: no text has the two tokens"):
-        check_not_empty([], "--train")
+        check_not_empty([], "--train", "causal-lm")
+    with pytest.raises(UsageError, match="--eval: no text has a word that gives a token"):
+        check_not_empty([], "--eval", "token-classification")
+
+
+def test_a_text_whose_words_give_no_token_is_left_out() -> None:
+    encode = Encoder(support.tokenizer(special=True), "token-classification", {"O": 0}, 16)
+    rows, _ = encode([Example([" ", "\u2003"], ["O", "O"]), Example([" ", "film"], ["O", "O"])])
+    assert [row["labels"] for row in rows] == [[IGNORED, 0, IGNORED]]
+
+
+@pytest.mark.parametrize(
+    ("special", "task", "least"),
+    [(True, "classification", 3), (False, "classification", 1), (True, "causal-lm", 3), (False, "causal-lm", 2)],
+)
+def test_a_length_without_room_for_text_is_refused(special: bool, task: str, least: int) -> None:
+    words = support.tokenizer(special=special)
+    check_length(least, words, task)
+    for length in range(1, least):
+        with pytest.raises(UsageError, match=f"--max-length: {length} leaves no room") as caught:
+            check_length(length, words, task)
+        assert caught.value.remedy == f"Use at least {least}."
+
+
+@pytest.mark.parametrize(
+    ("special", "text", "share"),
+    [(True, "the film", 0.0), (True, "der Film was gut", 0.75), (False, "der film", 0.5)],
+)
+def test_the_share_of_unknown_tokens(special: bool, text: str, share: float) -> None:
+    words = support.tokenizer(special=special)
+    assert unknown_share([{"input_ids": words(text)["input_ids"]}], words) == share
+
+
+def test_an_end_of_text_that_also_stands_for_the_unknown_is_not_counted() -> None:
+    words: Any = support.tokenizer(special=False)
+    words.unk_token = words.eos_token
+    assert unknown_share([{"input_ids": [words.eos_token_id] * 4}], words) == 0.0
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

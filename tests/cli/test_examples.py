@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from embedkernels.cli import examples, sources
 from embedkernels.cli.errors import CliError, UsageError
@@ -103,6 +106,18 @@ FAULTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
         [{"tokens": "a b", "tags": "O O"}, {"tokens": "a b c", "tags": "O O"}],
         "row 2: 2 tags for 3 words",
     ),
+    "infinite": ({}, [{"text": "x", "label": float("inf")}], "row 1: inf is a number, not a class"),
+    "truth as text": ({}, [{"text": True, "label": 1}], "row 1: expected a text, got a bool"),
+    "no word": (
+        {"task": "token-classification"},
+        [{"tokens": ["a", None], "tags": ["O", "O"]}],
+        "--text: |row 1: expected a text, got nothing",
+    ),
+    "no tag": (
+        {"task": "token-classification"},
+        [{"tokens": ["a", "b"], "tags": ["O", None]}],
+        "--label: |row 1: expected a text or a whole number, got nothing",
+    ),
     "words": ({"task": "token-classification"}, [{"tokens": 3, "tags": "O"}], "row 1: expected a list of words, got"),
 }
 
@@ -131,6 +146,68 @@ def test_labels_that_evaluation_lacks_are_noticed(tmp_path: Path) -> None:
     train = support.write_csv(tmp_path / "a.csv", [("x", "good"), ("y", "bad")])
     evaluation = support.write_csv(tmp_path / "b.csv", [("x", "good")])
     assert "labels that the evaluation never meets: bad" in load(train, evaluation=str(evaluation)).notices
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds"),
+    [
+        ([{"text": "x", "label": 1}, {"text": "y", "label": "2"}], "numbers ({path}, row 1), texts ({path}, row 2)"),
+        (
+            [{"text": "x", "label": "a"}, {"text": "y", "label": 1}, {"text": "z", "label": True}],
+            "texts ({path}, row 1), numbers ({path}, row 2), true or false ({path}, row 3)",
+        ),
+        ([{"text": "x", "label": 1}, {"text": "y", "label": 0.0}], None),
+    ],
+    ids=["numbers and texts", "three", "numbers"],
+)
+def test_labels_of_several_kinds_are_noticed(tmp_path: Path, rows: list[dict[str, Any]], kinds: str | None) -> None:
+    path = as_json(tmp_path / "a.json", *rows * 2)
+    said = [text for text in load(path).notices if "several kinds" in text]
+    assert len(said) == (kinds is not None)
+    if kinds is not None:
+        assert kinds.format(path=path) in said[0]
+
+
+def test_evaluation_on_the_training_rows_is_noticed(tmp_path: Path) -> None:
+    path = support.write_csv(tmp_path / "a.csv", [("x", "a"), ("y", "b")])
+    other = support.write_csv(tmp_path / "b.csv", [("x", "a"), ("y", "b")])
+    (tmp_path / "link.csv").symlink_to(path)
+    for evaluation, expected in ((path, True), (tmp_path / "link.csv", True), (other, False)):
+        notices = load(path, evaluation=str(evaluation)).notices
+        assert any("--eval is the same as --train" in text for text in notices) == expected
+
+
+def test_bytes_of_a_parquet_file_are_the_texts_they_spell(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = {"text": [b"gut", "schön".encode(), b" "], "label": [b"a", b"b", b"a"]}
+    parquet.write_table(pyarrow.table(rows), path)
+    data = load(path, evaluation=str(path))
+    assert data.train == [Example("gut", "a"), Example("schön", "b")]
+    words = {"tokens": [[b"New", b"York"]] * 2, "tags": [["B", "I"]] * 2}
+    parquet.write_table(pyarrow.table(words), path)
+    assert load(path, task="token-classification").train == [Example(["New", "York"], ["B", "I"])]
+    parquet.write_table(pyarrow.table({"text": [b"ok", b"\xff"], "label": ["a", "b"]}), path)
+    with pytest.raises(UsageError, match=r"--text: .*a.parquet, row 2: bytes that are not UTF-8 \(0xff\)"):
+        load(path)
+
+
+def test_a_date_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [datetime.date(2024, 1, 2)], "label": ["a"]}), path)
+    with pytest.raises(UsageError, match="row 1: expected a text, got a date"):
+        load(path)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "x" * 300 + ".csv", "./" + "x" * 300, "x" * 300 + ":train"])
+def test_a_name_too_long_for_a_file_is_not_there(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*arguments: Any) -> None:
+        raise FileNotFoundError("not there")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UsageError, match="--train: "):
+        examples.load(Settings(model="none", train=source))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from embedkernels.cli import launch, results, training
+from embedkernels.cli import launch, plot, results, training
 from embedkernels.cli.settings import Settings
 from tests.cli import support
 from tests.cli.support import command, said
@@ -96,6 +97,26 @@ def test_causal_lm(gpt2: Path, tmp_path: Path) -> None:
     words = transformers.AutoTokenizer.from_pretrained(output / "model")
     out = model.generate(**words("the film was", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert words.decode(out[0]) == "the film was very good and so"
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_language_models_losses_are_means_over_the_tokens_it_predicts(
+    gpt2: Path, tmp_path: Path, family: str
+) -> None:
+    """The first step's loss, the evaluation's and the perplexity say the same of the same rows."""
+    model = gpt2 if family == "gpt2" else support.save_llama(tmp_path / "llama")
+    train = tmp_path / "a.txt"
+    train.write_text("".join(" ".join(["film", "was", "so"] * (1 + i)) + "\n" for i in range(6)))
+    output = tmp_path / "out"
+    done = command(
+        *("finetune", "--model", model, "--train", train, "--eval", train, "--task", "causal-lm", "--output", output),
+        *("--max-steps", 1, "--batch-size", 6, "--eval-batch-size", 4, "--dropout", 0, "--device", "cpu"),
+    )
+    assert done.exit_code == 0, done.output
+    ours = figures(output)["patched"]
+    assert ours["eval_loss_before"] == pytest.approx(math.log(ours["perplexity_before"]), rel=1e-5)
+    assert ours["loss"][0] == pytest.approx(math.log(ours["perplexity_before"]), rel=1e-5)
 
 
 @pytest.mark.usefixtures("here")
@@ -236,7 +257,26 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "option": (["--colour", "red"], 2, "No such option"),
     "output is a file": (["--output", "{rows}"], 2, "--output: {rows} is a file"),
     "output is in use": (["--output", "{folder}"], 2, "--output: {folder} holds other files"),
-    "divergence": (["--lr", "1e30", "--max-steps", "4"], 1, "training diverged: the loss of step"),
+    "divergence": (
+        ["--lr", "1e30", "--max-steps", "4"],
+        1,
+        "training diverged: the loss of step | No model was",
+    ),
+    "divergence in the end": (
+        ["--lr", "1e30", "--max-steps", "2"],
+        1,
+        "training diverged: the evaluation loss of",
+    ),
+    "weights without bounds": (["--lr", "1e38", "--max-steps", "1"], 1, "training diverged: "),
+    "no train": (["--train", ""], 2, "--train: is empty"),
+    "length": (["--max-length", "2"], 2, "--max-length: 2 leaves no room for text | Use at least 3."),
+    "output cannot be written": (["--output", "/dev/null/x"], 2, "--output: /dev/null/x cannot be written | Name a"),
+    "name too long": (["--output", "x" * 300], 2, "cannot be written: File name too long"),
+    "words without tokens": (
+        ["--task", "token-classification", "--train", "{blank}"],
+        2,
+        "--train: no text has a word that gives a token",
+    ),
 }
 
 
@@ -249,6 +289,7 @@ def test_errors_name_the_argument_and_the_remedy(
     places["empty"].touch()
     places["odd"].write_text("x")
     places["broken"].write_text('{"text": "x", "label": 1}\n{"text"\n')
+    support.write_json_lines(places["blank"], [([" "], ["O"]), (["\u2003"], ["B"])] * 8, ("tokens", "tags"))
     options = {"--model": str(bert), "--train": str(rows), "--output": str(tmp_path / "new" / "out")}
     words = [word.format(**places) for word in arguments]
     given = [word for pair in options.items() if pair[0] not in words for word in pair]
@@ -263,7 +304,7 @@ def test_errors_name_the_argument_and_the_remedy(
         assert not (tmp_path / "new" / "out").exists(), "nothing is left of a run that could not begin"
 
 
-FILES = {"empty": "empty.csv", "odd": "odd.xlsx", "broken": "broken.jsonl"}
+FILES = {"blank": "blank.jsonl", "empty": "empty.csv", "odd": "odd.xlsx", "broken": "broken.jsonl"}
 
 
 @pytest.mark.usefixtures("here")
@@ -295,6 +336,56 @@ def test_an_earlier_result_stays_until_it_is_replaced(
     assert command(*common, "--overwrite").exit_code == 0
     assert figures(output).keys() & {"stock", "patched"} == {"patched"}
     assert sorted(one.name for one in output.iterdir()) == ["metrics.json", "metrics.png", "model", "patched.log"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_picture_that_cannot_be_drawn_costs_no_result(
+    bert: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("finetune", "--model", bert, "--train", rows, "--output", tmp_path / "out", "--max-steps", 1, *FAST)
+
+    def fail(*arguments: object) -> None:
+        raise ValueError("no [font] here")
+
+    monkeypatch.setattr(plot, "draw", fail)
+    done = command(*common)
+    assert done.exit_code == 0, done.output
+    assert "no picture, drawing it failed (ValueError: no [font] here)" in said(done.stdout)
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["metrics.json", "model", "patched.log"]
+    assert "metrics.png" not in done.stdout
+
+
+def test_without_matplotlib_nothing_is_begun(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = command("finetune", "--model", "m", "--train", rows, "--output", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "matplotlib" in done.stderr
+    assert 'pip install "embedkernels[cli]"' in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_texts_of_unknown_words_are_noticed(bert: Path, tmp_path: Path) -> None:
+    rows = [("ein recht guter Film was good", "a"), ("ein recht dummer Film was bad", "b")] * 8
+    train = support.write_csv(tmp_path / "a.csv", rows)
+    done = command(
+        "finetune", "--model", bert, "--train", train, "--output", tmp_path / "out", "--max-steps", 1, *FAST
+    )
+    assert done.exit_code == 0, done.output
+    assert "67% of the training texts' tokens are unknown to the tokenizer ([UNK])" in said(done.stdout)
+
+
+@pytest.mark.usefixtures("here")
+def test_texts_whose_words_give_no_tokens_are_left_out(bert: Path, tmp_path: Path) -> None:
+    train = support.write_json_lines(
+        tmp_path / "a.jsonl", [*support.tagged(16), *[([" "], ["O"])] * 8], ("tokens", "tags")
+    )
+    done = command(
+        *("finetune", "--model", bert, "--train", train, "--task", "token-classification"),
+        *("--output", tmp_path / "out", "--epochs", 1, *FAST, "--batch-size", 1),
+    )
+    assert done.exit_code == 0, done.output
+    assert "8 texts left out: their words give no tokens" in said(done.stdout)
 
 
 @pytest.mark.usefixtures("here")

@@ -110,6 +110,13 @@ def test_the_picture_has_both_curves(tmp_path: Path) -> None:
     plot.draw(content(), ("patched",), tmp_path / "b.png")
 
 
+def test_a_name_with_signs_of_formulas_is_a_name(tmp_path: Path) -> None:
+    figures = content()
+    figures["environment"]["settings"]["model"] = "here/mm$^$"
+    plot.draw(figures, ("patched",), tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_smoothing_is_a_mean_of_neighbours() -> None:
     line = [float(step) for step in range(50)]
     assert plot.smooth(line)[4:-4] == pytest.approx(line[4:-4])
@@ -143,6 +150,15 @@ def test_a_terminal_gets_a_bar() -> None:
         progress._bar.refresh()
     assert "3/4" in stream.getvalue()
     assert "loss 0.2500" in stream.getvalue()
+
+
+def test_a_terminal_shows_a_phase_of_unknown_length() -> None:
+    stream = io.StringIO()
+    with RunProgress(Console(file=stream, width=100, force_terminal=True), named=True) as progress:
+        progress.show("stock", {"event": "phase", "name": "reading data"})
+        progress._bar.refresh()
+    assert "stock: reading data" in stream.getvalue()
+    assert "0/?" in stream.getvalue()
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:

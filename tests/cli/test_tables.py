@@ -58,6 +58,13 @@ def test_a_csv_may_use_the_separators_of_spreadsheets(tmp_path: Path, delimiter:
     assert (table.columns["text"], table.columns["label"]) == (["one, two"], ["a"])
 
 
+def test_a_separator_inside_a_quoted_name_separates_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('"text, ""full""";label\n"one, two";a\n', encoding="utf-8")
+    table = tables.read(path, "--train", {"--text": 'text, "full"', "--label": "label"})
+    assert table.columns == {'text, "full"': ["one, two"], "label": ["a"]}
+
+
 def test_json_may_wrap_its_one_list(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"version": 1, "data": objects()}))
@@ -76,6 +83,9 @@ def test_plain_text_has_one_row_a_line(tmp_path: Path) -> None:
     path.write_text("one\n\ntwo\r\n")
     assert tables.read(path, "--train", {"--text": "text"}).columns["text"] == ["one", "two"]
 
+
+# Its header is whole; what follows is no compressed data.
+DAMAGED = gzip.compress(b"text,label\n")[:10] + b"\xff" * 40
 
 FAULTS = {
     "empty": ("a.csv", b"", "is empty"),
@@ -114,6 +124,12 @@ FAULTS = {
     "json of an empty list": ("a.json", b"[]", "has no rows"),
     "not parquet": ("a.parquet", b"PAR", "is not a Parquet file"),
     "not gzip": ("a.csv.gz", b"text,label\n", "cannot be read"),
+    "damaged gzip": ("a.csv.gz", DAMAGED, "cannot be read | It is damaged"),
+    "cut gzip": ("a.csv.gz", gzip.compress(b"text,label\n" * 99)[:-9], "cannot be read | It is damaged"),
+    "long number": ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "{path} has a number with too many digits"),
+    "long number in a line": ("a.jsonl", b"\n" + b"1" * 5000, "{path}, line 2 has a number with too many digits"),
+    "deep": ("a.json", b"[" * 200_000, "{path} is nested too deeply"),
+    "deep line": ("a.jsonl", b"[" * 200_000, "{path}, line 1 is nested too deeply"),
     "text has no labels": ("a.txt", b"x\n", "--label: no column 'label' | --task causal-lm"),
 }
 
@@ -122,11 +138,38 @@ FAULTS = {
 def test_faults_are_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(tables.CliError) as caught:
+    with pytest.raises(UsageError) as caught:
         tables.read(path, "--train", WANTED)
     for part in expected.format(path=path).split(" | "):
         assert part in said(f"{caught.value.message} {caught.value.remedy}")
-    assert isinstance(caught.value, UsageError) == (name != "a.csv.gz")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tables, "_open", refuse)
+    with pytest.raises(UsageError, match=r"--train: .*a.csv cannot be read: Permission denied"):
+        tables.read(write(tmp_path / "a.csv"), "--train", WANTED)
+
+
+def test_columns_of_the_same_name_in_a_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array(["x"])
+    parquet.write_table(pyarrow.table([column] * 3, names=["text", "text", "label"]), path)
+    with pytest.raises(UsageError, match=r"--text: .* has 2 columns named 'text'"):
+        tables.read(path, "--train", WANTED)
+
+
+def test_a_damaged_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"row {i}" for i in range(999)], "label": [str(i) for i in range(999)]})
+    parquet.write_table(table, path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[4:2000] = b"\xff" * 1996
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"--train: .*a.parquet (is not a Parquet file|cannot be read)"):
+        tables.read(path, "--train", WANTED)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
