@@ -1,6 +1,7 @@
 """What every Triton kernel compiles to, for any target, without a GPU.
 
     python -m bench.resources --targets sm_80,sm_90,sm_100,gfx942 --out resources.json
+    python -m bench.resources --variants all --out bench/results/compiled/attention.json    # most of an hour
 
 Every ``CompileSpec`` of every module in ``embedkernels/kernels/`` is compiled by Triton for the asked targets.
 Registers and spills come from ptxas (NVIDIA) or from the code object's metadata (AMD), shared memory from Triton, the
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -128,14 +130,18 @@ def kernels_defined() -> list[str]:
     return sorted(set(found))
 
 
-def specs_of(module: str) -> dict[str, Any]:
+def specs_of(module: str, variants: str = "listed") -> dict[str, Any]:
     """The compile specs of a kernel module by name.
+
+    Args:
+        variants: ``"listed"``, those of ``compile_specs``; ``"all"``, those of ``every_variant`` where there is one.
 
     Raises:
         ValueError: two specs of one name.
     """
     specs: dict[str, Any] = {}
-    for spec in importlib.import_module(module if "." in module else f"{PACKAGE}.{module}").compile_specs():
+    found = importlib.import_module(module if "." in module else f"{PACKAGE}.{module}")
+    for spec in found.every_variant() if variants == "all" else found.compile_specs():
         if spec.name in specs:
             raise ValueError(f"{module}.compile_specs: two specs are named {spec.name!r}")
         specs[spec.name] = spec
@@ -239,12 +245,12 @@ def occupancy(registers: int, threads: int, shared: int, target: str) -> float:
     return blocks * threads / max_threads
 
 
-def measure_one(module: str, name: str, target: str, mix: bool = True) -> Resources:
+def measure_one(module: str, name: str, target: str, mix: bool = True, variants: str = "listed") -> Resources:
     """Compile one spec and read what it takes. Never raises: a failure is in ``error``."""
     started = time.perf_counter()
     result = Resources(name, module, "", target)
     try:
-        spec = specs_of(module)[name]
+        spec = specs_of(module, variants)[name]
         result.kernel = spec.kernel.__name__
         compiled, log = compile_spec(spec, target)
         result.shared = int(compiled.metadata.shared)
@@ -299,20 +305,23 @@ def _extremes(specs: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def select(module: str, target: str, thin: bool) -> list[str]:
+def select(module: str, target: str, thin: bool, variants: str = "listed") -> list[str]:
     """Names of the specs of a module to compile for a target: all that are launched there.
 
     Args:
         thin: leave out fp16 twins, and all but the extremes of what is the same on every target (on sm_90 of that
-            only what is in fp64), so that every kernel and every tile configuration of a target's own is compiled.
+            only what is in fp32 or fp64), so that every kernel and every tile configuration of a target's own is
+            compiled.
     """
-    specs = {name: spec for name, spec in specs_of(module).items() if spec.targets is None or target in spec.targets}
+    specs = {
+        name: spec
+        for name, spec in specs_of(module, variants).items()
+        if spec.targets is None or target in spec.targets
+    }
     if thin:
         specs = _without_twins(specs)
-        # On sm_90 only double precision is thinned out: it is there for gradient checks.
-        kept = {
-            name: s for name, s in specs.items() if target == "sm_90" and "fp64" not in " ".join(s.signature.values())
-        }
+        # On sm_90 only wider numbers are thinned out: models are trained in 16 bits.
+        kept = {name: s for name, s in specs.items() if target == "sm_90" and "*bf16" in s.signature.values()}
         specs = {**kept, **_extremes({name: s for name, s in specs.items() if name not in kept})}
     return list(specs)
 
@@ -328,6 +337,7 @@ def measure(
     thin: bool = False,
     mix: bool = True,
     seconds: float | None = None,
+    variants: str = "listed",
 ) -> tuple[list[Resources], int]:
     """Compile the specs of ``modules`` for every target (see :func:`select`), in ``jobs`` processes.
 
@@ -341,7 +351,7 @@ def measure(
         the results, and how many specs there was no time for.
     """
     deadline = math.inf if seconds is None else time.monotonic() + seconds
-    tasks = [(m, name, target) for target in targets for m in modules for name in select(m, target, thin)]
+    tasks = [(m, name, target) for target in targets for m in modules for name in select(m, target, thin, variants)]
     results: dict[tuple[str, str, str], Resources] = {}
     # A cache of its own: nothing that another run left behind can be mistaken for this one's result.
     with tempfile.TemporaryDirectory(prefix="resources-") as cache:
@@ -351,7 +361,7 @@ def measure(
             "initargs": (cache,),
         }
         with ProcessPoolExecutor(jobs, **options) as pool:
-            futures = {pool.submit(measure_one, *task, mix): task for task in tasks}
+            futures = {pool.submit(measure_one, *task, mix, variants): task for task in tasks}
             wait(futures, None if seconds is None else seconds)
             pool.shutdown(cancel_futures=True)
             for future, task in futures.items():
@@ -363,7 +373,7 @@ def measure(
             if time.monotonic() < deadline:
                 with ProcessPoolExecutor(1, **options) as pool:
                     try:
-                        results[task] = pool.submit(measure_one, *task, mix).result()
+                        results[task] = pool.submit(measure_one, *task, mix, variants).result()
                     except BrokenProcessPool:
                         results[task] = Resources(task[1], task[0], "", task[2], error="the compiler crashed")
     return [results[task] for task in tasks if task in results], len(tasks) - len(results)
@@ -396,10 +406,25 @@ def table(results: list[Resources]) -> str:
     return "\n".join(lines)
 
 
+def write_lines(path: Path, results: list[Resources], missing: int, triton: str) -> None:
+    """A sweep as JSON, a line per variant: registers and bytes of local memory of a thread, of shared of a block."""
+    lines = []
+    for r in sorted(results, key=lambda r: (r.target, r.spec)):
+        found: dict[str, Any] = {"registers": r.registers, "local": r.local, "shared": r.shared}
+        found = {"error": r.error.splitlines()[0][:200]} if r.error else found
+        lines.append(f"  {json.dumps({'target': r.target, 'spec': r.spec, **found})}")
+    head = (
+        f'"triton": {json.dumps(triton)}, "out_of_time": {missing}, "spilling": {sum(r.local > 0 for r in results)}'
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{" + head + ', "results": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--modules", default="", help="kernel modules, comma separated; all by default")
+    parser.add_argument("--variants", choices=["listed", "all"], default="listed", help="all: a sweep")
     parser.add_argument("--thin", action="store_true", help="leave out what another spec stands for")
     parser.add_argument("--no-mix", action="store_true", help="do not disassemble")
     parser.add_argument("--seconds", type=float, help="start no compilation after this time")
@@ -410,9 +435,21 @@ def main(argv: list[str] | None = None) -> int:
 
     targets = [target for target in args.targets.split(",") if target]
     modules = [module for module in args.modules.split(",") if module] or kernel_modules()
+    if args.variants == "all":
+        modules = [m for m in modules if hasattr(importlib.import_module(f"{PACKAGE}.{m}"), "every_variant")]
     started = time.perf_counter()
-    results, missing = measure(modules, targets, args.jobs, args.thin, not args.no_mix, args.seconds)
-    if args.out:
+    results, missing = measure(
+        modules,
+        targets,
+        args.jobs,
+        args.thin,
+        not args.no_mix and args.variants != "all",
+        args.seconds,
+        args.variants,
+    )
+    if args.out and args.variants == "all":
+        write_lines(args.out, results, missing, triton.__version__)
+    elif args.out:
         report = {
             "triton": triton.__version__,
             "kernels_defined": kernels_defined(),

@@ -35,6 +35,20 @@ LIGHTER: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {
         ]
         for which in ("forward", "dkdv", "dq")
     },
+    ("sm_80", "forward", "bf16", 32): [_PADDED],
+    ("sm_80", "forward", "fp32", 128): [_PLAIN, _PADDED],
+    ("sm_80", "dkdv", "fp32", 64): [_PADDED],
+    ("sm_80", "dkdv", "fp32", 128): [_CAUSAL, {**_PLAIN, **_DROPOUT, "group": 3}],
+    ("sm_80", "dq", "bf16", 32): [{**_PLAIN, **_DROPOUT}],
+    ("sm_80", "dq", "bf16", 64): [_PADDED, {**_PLAIN, **_DROPOUT}, {**_CAUSAL, **_DROPOUT}],
+    ("sm_80", "dq", "fp32", 128): [_PADDED],
+    ("sm_100", "forward", "bf16", 128): [_PLAIN],
+    ("sm_100", "dkdv", "bf16", 64): [{**_CAUSAL, "group": 3}, {**_PLAIN, **_DROPOUT}],
+    ("sm_100", "dkdv", "fp32", 16): [{"group": 1}],
+    ("sm_100", "dkdv", "fp32", 64): [{"group": 3}],
+    ("sm_100", "dkdv", "fp32", 128): [_CAUSAL, {**_CAUSAL, **_DROPOUT}],
+    ("sm_100", "dq", "bf16", 128): [_PLAIN],
+    ("sm_100", "dq", "fp32", 128): [_PADDED],
 }  # fmt: skip
 
 
@@ -107,7 +121,9 @@ def every(kernel: Any, which: str) -> list[CompileSpec]:
     for family, dtype, width, _ in [key for key in table if key[3]]:
         for dropout in (False, True):
             tiles = table.get((family, dtype, width, dropout), table[family, dtype, width, True])
-            for causal, padded, group in [(c, p, g) for c in (False, True) for p in (False, True) for g in (1, 3)]:
+            # dk and dv are summed over a group; the other kernels only divide a head's number by it.
+            groups = (1, 3) if which == "dkdv" else (1,)
+            for causal, padded, group in [(c, p, g) for c in (False, True) for p in (False, True) for g in groups]:
                 variant = Variant(family, dtype, width, width, dropout, causal, padded, padded, group)
                 specs.append(spec(kernel, which, variant, tiles))
     return specs

@@ -1,10 +1,9 @@
 """Tile sizes of the attention kernels: one table, no tuning at run time.
 
-Each entry was chosen by compiling candidates for the family's target with every feature on (causal order, key mask,
-bounds, grouped heads, dropout where the entry is for dropout) and taking the largest without a spill that fits shared
-memory. None was chosen by timing. Lighter variants of some sm_80 and sm_100 entries keep 8 to 32 bytes in local
-memory: for them ptxas settles on fewer registers. fp32 has small tiles because its products run without the matrix
-unit: tf32 would not keep the contract.
+Each entry was chosen by compiling candidates for the family's target, in every variant that can be launched
+(``python -m bench.resources --variants all``), and taking the largest of which none spills and that fits shared
+memory. None was chosen by timing. fp32 has small tiles because its products run without the matrix unit: tf32 would
+not keep the contract.
 """
 
 from __future__ import annotations
@@ -59,13 +58,13 @@ TARGETS = {
 # By family, bytes of an element and width of the tile: forward, dk and dv, dq.
 _TABLE = {
     ("sm_80", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
-    ("sm_80", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
-    ("sm_80", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", 2, 32): Tiles(Tile(128, 64, 8, 3, 255), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3, 255)),
+    ("sm_80", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),
     ("sm_80", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 1), Tile(64, 64, 8, 1)),
-    ("sm_80", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
-    ("sm_80", 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", 4, 128): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 8, 2)),
+    ("sm_80", 4, 16): Tiles(Tile(64, 64, 4, 2, 255), Tile(32, 64, 4, 2, 255), Tile(32, 32, 4, 2, 255)),
+    ("sm_80", 4, 32): Tiles(Tile(64, 64, 8, 2, 255), Tile(32, 64, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
+    ("sm_80", 4, 64): Tiles(Tile(64, 32, 8, 2, 255), Tile(32, 32, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
+    ("sm_80", 4, 128): Tiles(Tile(32, 16, 8, 2, 255), Tile(16, 32, 4, 1, 255), Tile(32, 32, 8, 2, 255)),
     ("sm_90", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
     ("sm_90", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
     ("sm_90", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -76,12 +75,12 @@ _TABLE = {
     ("sm_90", 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 2), Tile(16, 32, 4, 1)),
     ("sm_100", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
     ("sm_100", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 1), Tile(128, 64, 8, 3)),
-    ("sm_100", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_100", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_100", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)),
-    ("sm_100", 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_100", 4, 64): Tiles(Tile(64, 32, 8, 1), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-    ("sm_100", 4, 128): Tiles(Tile(32, 16, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_100", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2, 255), Tile(128, 64, 8, 2)),
+    ("sm_100", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2, 255)),
+    ("sm_100", 4, 16): Tiles(Tile(64, 64, 4, 2, 255), Tile(32, 64, 8, 2, 255), Tile(64, 32, 4, 2, 255)),
+    ("sm_100", 4, 32): Tiles(Tile(64, 64, 8, 2, 255), Tile(32, 64, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
+    ("sm_100", 4, 64): Tiles(Tile(64, 32, 8, 1, 255), Tile(32, 32, 8, 2, 255), Tile(32, 32, 8, 2, 255)),
+    ("sm_100", 4, 128): Tiles(Tile(32, 16, 8, 2, 255), Tile(16, 16, 4, 1, 255), Tile(32, 16, 8, 2, 255)),
     ("gfx942", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
     ("gfx942", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
     ("gfx942", 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
@@ -94,7 +93,7 @@ _TABLE = {
 # Where dropout's bits are what the registers run out of, larger tiles without it.
 _WITHOUT_DROPOUT = {
     ("sm_80", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    ("sm_100", 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
+    ("sm_100", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2, 255)),
     ("gfx942", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 2)),
 }
 

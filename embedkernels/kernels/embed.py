@@ -432,14 +432,18 @@ _POINTERS = {
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Every tile with all tables, ids from memory, norm and dropout; token ids alone for the widest rows."""
+    """Every tile with all tables, ids from memory, norm and dropout; at BERT's width also what models launch."""
     specs = []
 
-    def add(kernel: Any, dtype: str, num_warps: int, label: str = "", **constexprs: Any) -> None:
+    def add(
+        kernel: Any, dtype: str, num_warps: int, label: str = "", pointers: dict[str, str] | None = None,
+        **constexprs: Any,
+    ) -> None:  # fmt: skip
+        types = {**_POINTERS, **(pointers or {})}
         signature = {}
         for name in kernel.arg_names:
             if name.endswith("_ptr"):
-                signature[name] = "*" + _POINTERS.get(name, dtype)
+                signature[name] = "*" + types.get(name, dtype)
             elif name not in _constexprs(kernel):
                 signature[name] = "fp32" if name in ("eps", "p", "scale") else "i32"
         flags = {name: constexprs.get(name, True) for name in _constexprs(kernel)}
@@ -465,6 +469,24 @@ def compile_specs() -> list[CompileSpec]:
         tokens = {"D": 4096, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WIDE": True}
         add(embed_fwd_kernel, dtype, t.num_warps, "tokens,", **tokens, POSITION=0, TYPE=0, NORM=False, DROPOUT=False)
         add(embed_bwd_reduce_kernel, dtype, 4, D=768, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS)
+
+    # Under autocast tables are bf16 and the norm fp32, as are the output and its gradient.
+    fp32 = dict.fromkeys(("out_ptr", "grad_ptr", "norm_weight_ptr", "norm_bias_ptr"), "fp32")
+    int32 = dict.fromkeys(("ids_ptr", "position_ids_ptr", "type_ids_ptr"), "i32")
+    gpt2 = {"NORM": False, "WEIGHT": False, "BIAS": False, "NEED_NORM": False}
+    for label, pointers, position, kind, flags in (
+        ("bert,", None, 1, 1, {}),
+        ("autocast,", fp32, 1, 2, {}),
+        ("int32,", int32, 2, 2, {}),
+        ("gpt2,", None, 1, 0, gpt2),
+    ):
+        for kernel in (embed_fwd_kernel, embed_bwd_kernel):
+            t = tile(768, 2, flags.get("NORM", True), kernel is embed_bwd_kernel)
+            common = {
+                "D": 768, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind,
+                "WIDE": t.chunks > 1,
+            }  # fmt: skip
+            add(kernel, "bf16", t.num_warps, label, pointers, **common, **flags)
     return specs
 
 

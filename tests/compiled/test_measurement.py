@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from bench import resources
 from embedkernels.kernels.specs import CompileSpec
 
+VARIED = ("attention_forward", "attention_backward")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -93,6 +94,31 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
     assert f"no time for {report['out_of_time']} more" in done.stdout
 
 
+def test_a_sweep_has_a_line_per_variant(tmp_path: Path) -> None:
+    good = resources.Resources("b", "m", "k", "sm_90", registers=40, shared=512)
+    spilling = resources.Resources("a", "m", "k", "sm_90", registers=255, local=8)
+    broken = resources.Resources("a", "m", "k", "sm_80", error="CompileError: no\nsecond line")
+    path = tmp_path / "new" / "sweep.json"
+    resources.write_lines(path, [good, spilling, broken], 3, "3.6.0")
+    found = json.loads(path.read_text())
+    assert (found["triton"], found["out_of_time"], found["spilling"]) == ("3.6.0", 3, 1)
+    assert found["results"] == [
+        {"target": "sm_80", "spec": "a", "error": "CompileError: no"},
+        {"target": "sm_90", "spec": "a", "registers": 255, "local": 8, "shared": 0},
+        {"target": "sm_90", "spec": "b", "registers": 40, "local": 0, "shared": 512},
+    ]
+    assert len(path.read_text().splitlines()) == 5
+
+
+def test_all_variants_hold_what_is_launched() -> None:
+    """And the listed ones, but for head sizes and specialisations that a sweep lets others stand for."""
+    swept = {name for module in VARIED for name in resources.specs_of(module, "all")}
+    assert len(swept) == 4 * 2 * 4 * 2 * 4 * (1 + 2 + 1)  # family, dtype, width, dropout, masks, group by kernel
+    for kernel in ("attention_fwd_kernel", "attention_bwd_dkdv_kernel", "attention_bwd_dq_kernel"):
+        for masks in ("plain", "causal", "mask"):
+            assert f"{kernel}[gfx942,d16,{masks},group 1,dropout,fp32]" in swept
+
+
 def test_two_specs_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.compiled import toy_kernels
 
@@ -133,7 +159,7 @@ SPECS = [
     spec("small", BLOCK=16),
     spec("middle", BLOCK=32),
     spec("large", BLOCK=64),
-    spec("fp32", dtype="*fp32", BLOCK=32),
+    *(spec(f"single {block}", dtype="*fp32", BLOCK=block) for block in (16, 32, 64)),
     spec("only half", dtype="*fp16", BLOCK=128),
     *(spec(f"double {block}", dtype="*fp64", BLOCK=block) for block in (16, 32, 64)),
     spec("another kernel", kernel="other", BLOCK=16),
@@ -147,12 +173,12 @@ SPECS = [
     [
         ("sm_80", False, set()),
         ("sm_90", False, {"tuned", "tuned half"}),
-        ("sm_90", True, {"tuned", "tuned half", "half small", "double 32"}),
-        ("sm_80", True, {"tuned half", "half small", "middle", "double 32"}),
+        ("sm_90", True, {"tuned", "tuned half", "half small", "single 32", "double 32"}),
+        ("sm_80", True, {"tuned half", "half small", "middle", "single 32", "double 32"}),
     ],
 )
 def test_what_is_left_out_has_something_standing_for_it(
     monkeypatch: pytest.MonkeyPatch, target: str, thin: bool, left_out: set[str]
 ) -> None:
-    monkeypatch.setattr(resources, "specs_of", lambda _: {s.name: s for s in SPECS})
+    monkeypatch.setattr(resources, "specs_of", lambda *_: {s.name: s for s in SPECS})
     assert set(resources.select("any", target, thin)) == {s.name for s in SPECS} - left_out
