@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkernels.ops.embed import embed
+from embedkernels.ops.embedding_grad import normalized_padding
 from embedkernels.reference.embed import positions_from_padding
 
 
@@ -26,16 +27,18 @@ class FusedInputEmbeddings(nn.Module):
         norm: ``"layer"`` or None.
         norm_eps: added to the variance.
         dropout: probability, applied in training mode.
-        padding_idx: token id whose row is initialised with zeros and gets no gradient.
+        padding_idx: token id whose row is initialised with zeros and gets no gradient. Negative values count from the
+            end.
         positions: ``"arange"``: position_start + s at the s-th place. ``"padding"``: RoBERTa's count of the tokens
             that are not padding, from padding_idx + 1 on; padding has position padding_idx, whose row gets no
-            gradient. Needs ``padding_idx`` and ``max_positions``.
+            gradient. Needs ``padding_idx`` and ``max_positions`` above padding_idx + 1.
         device, dtype: of the parameters.
 
     Shape:
         ids (..., S) -> (..., S, D)
 
     Raises:
+        TypeError: padding_idx that is not an int.
         ValueError: settings that do not fit together.
 
     Example:
@@ -66,9 +69,16 @@ class FusedInputEmbeddings(nn.Module):
             raise ValueError(f"{name}: norm must be None or 'layer', got {norm!r}")
         if positions not in ("arange", "padding"):
             raise ValueError(f"{name}: positions must be 'arange' or 'padding', got {positions!r}")
+        if padding_idx is not None:
+            padding_idx = normalized_padding(padding_idx, num_embeddings, name)
         counted = positions == "padding"
         if counted and (padding_idx is None or max_positions is None):
             raise ValueError(f"{name}: positions 'padding' needs padding_idx and max_positions")
+        if counted and padding_idx + 1 >= max_positions:  # type: ignore[operator]
+            raise ValueError(
+                f"{name}: positions 'padding' counts from padding_idx + 1 = {padding_idx + 1} on, "  # type: ignore[operator]
+                f"but max_positions is {max_positions}: expected more"
+            )
         self.norm = norm
         self.positions = positions
         self.word_embeddings = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)

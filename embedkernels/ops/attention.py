@@ -22,8 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_ROW_STRIDE = 1 << 24
 # Positions are 32-bit in the kernels.
 _LARGEST_OFFSET = 1 << 30
-# In float32, products of the scale with log2(e) and with dropout's 1/(1 - p) must stay finite; a scale below the
-# normal numbers is 0.
+# In float32, products of the scale with log2(e) and with dropout's 1/(1 - p) must be finite, normal numbers.
 _LARGEST_SCALE = 2.0**100
 _SMALLEST_SCALE = 2.0**-126
 
@@ -125,9 +124,9 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(_autocast_dtype(x)) for x in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    # The kernels look for the highest score before they scale it: they need a scale above 0.
+    # The kernels look for the highest score before they scale it: they need a scale above 0, and a normal number.
     if -_SMALLEST_SCALE < scale < _SMALLEST_SCALE:
-        query, scale = query * 0, 1.0
+        query, scale = query * scale, 1.0
     elif scale < 0:
         query, scale = -query, -scale
     bounds = None

@@ -140,7 +140,9 @@ def sdpa(
     """
     if query.shape[1] == 0:  # kills the process in torch 2.11
         return query @ key.transpose(2, 3) @ value
-    grouped = bool(query.shape[1] != key.shape[1])  # with dynamic sizes the comparison is symbolic
+    grouped = False
+    if query.shape[1] != key.shape[1]:  # compiled with dynamic sizes the comparison is symbolic: SDPA wants a bool
+        grouped = True
     plain = key_mask is None and key_lengths is None and key_starts is None
     if plain and (not is_causal or query_offset == 0):
         return F.scaled_dot_product_attention(

@@ -12,7 +12,6 @@ import embedkernels as ek
 from embedkernels.reference.attention import attention_keep_mask
 from tests.attention import cases
 
-
 # The least that drops anything and less than that, the largest float32 below 1, and what float32 rounds up to 1.
 PROBABILITIES = [2.0**-24, 1e-30, 1e-6, 0.25, 0.999, 1 - 2.0**-24, 1 - 2.0**-25, 0.99999999, 1.0]
 

@@ -33,7 +33,7 @@ BAD = [
     ((Q, K[..., :8], V), {}, ValueError, "key must have the batch and head size of query"),
     ((Q, K, V[:, :, :5]), {}, ValueError, "batch, heads and length of key, (2, 4, 6), got shape (2, 4, 5, 16)"),
     ((Q, K[:, :2], V[:, :2]), {}, ValueError, "query has 4 heads, key and value have 2: pass enable_gqa=True"),
-    ((Q, K[:, :3], V[:, :3]), {"enable_gqa": True}, ValueError, "must be a positive multiple of those of key, got 4 and 3"),
+    ((Q, K[:, :3], V[:, :3]), {"enable_gqa": True}, ValueError, "a positive multiple of those of key, got 4 and 3"),
     ((Q, K.to("meta"), V), {}, ValueError, "query is on cpu, key is on meta"),
     ((Q, K, V), {"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1], got 1.5"),
     ((Q[:, :0], K, V), {"enable_gqa": True}, ValueError, "must be a positive multiple of those of key, got 0 and 4"),

@@ -28,12 +28,35 @@ def with_bad_id(case: Case, which: str, value: int, at: tuple[int, int]) -> Case
 def test_an_id_out_of_range_is_named(
     which: str, table: str, rows: int, value: Any, backend: str, device: torch.device
 ) -> None:
-    if backend == "torch" and device.type == "cuda":
-        pytest.skip("PyTorch's own lookup ends the CUDA context")
     value = rows if value == "rows" else value
     case = with_bad_id(make((3, 6), 8, device=device), which, value, (1, 2))
     with pytest.raises(IndexError, match=f"embed: {table} id {value} at position 8 .* table of {rows} rows"):
         run_and_wait(case, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("which", "table", "rows"), TABLES)
+def test_compiled_it_names_the_same_table(
+    which: str, table: str, rows: int, backend: str, device: torch.device
+) -> None:
+    torch.compiler.reset()
+    case = with_bad_id(make((3, 6), 8, device=device), which, rows, (1, 2))
+    compiled = torch.compile(lambda: case.run(backend=backend), fullgraph=True, backend="aot_eager")
+    with pytest.raises(IndexError, match=f"embed: {table} id {rows} at position 8 .* table of {rows} rows"):  # noqa: PT012
+        compiled()
+        ek.check_errors()
+
+
+@pytest.mark.parametrize(("which", "table", "rows"), TABLES)
+def test_float64_tables_name_the_op_and_the_table_too(
+    which: str, table: str, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are looked up one by one, on a GPU by the lookup's kernel: its record still says embed."""
+    kernel = ek.use_backend("triton")
+    monkeypatch.setattr("embedkernels.ops.embed._KERNEL_DTYPES", ())
+    case = with_bad_id(make((3, 6), 8, device=device), which, rows, (1, 2))
+    with kernel, pytest.raises(IndexError, match=f"embed: {table} id {rows} at position 8"):
+        run_and_wait(case.to(torch.float64), backend=None)
 
 
 def test_ids_in_64_bits_are_not_cut_to_32(device: torch.device) -> None:
@@ -203,6 +226,39 @@ ELSEWHERE = torch.device("meta")
             "norm_weight is torch.float32, norm_bias is torch.float16: expected one dtype",
         ),
         ({"norm": "layer", "norm_eps": -1.0}, ValueError, "norm_eps must be finite and not negative, got -1.0"),
+        (
+            {"norm": "layer", "norm_eps": float("nan")},
+            ValueError,
+            "must be finite and not negative, got nan",
+        ),
+        (
+            {"norm": "layer", "norm_eps": float("inf")},
+            ValueError,
+            "must be finite and not negative, got inf",
+        ),
+        ({"norm": "layer", "norm_eps": "small"}, TypeError, "norm_eps must be a number, got str"),
+        ({"norm": "layer", "norm_weight": 3}, TypeError, "norm_weight must be a Tensor, got int"),
+        ({"norm": "layer", "norm_bias": [0.0] * 4}, TypeError, "norm_bias must be a Tensor, got list"),
+        ({"position_weight": [[0.0] * 4]}, TypeError, "position_weight must be a Tensor, got list"),
+        ({"type_weight": "types"}, TypeError, "type_weight must be a Tensor, got str"),
+        (
+            {"position_weight": WEIGHT, "position_ids": [0, 1, 2]},
+            TypeError,
+            "ids must be a Tensor, got list",
+        ),
+        ({"type_weight": WEIGHT, "type_ids": 0}, TypeError, "type_ids must be a Tensor, got int"),
+        ({"position_start": 3}, ValueError, "position_start is 3, but position_weight is None"),
+        ({"position_weight": WEIGHT, "position_start": 0.5}, TypeError, "position_start must be an int, got float"),
+        ({"padding_idx": 1.5}, TypeError, "padding_idx must be an int, got float"),
+        (
+            {"position_weight": WEIGHT, "position_padding_idx": 0.0},
+            TypeError,
+            "embed: position_padding_idx must be an int, got float",
+        ),
+        ({"dropout_p": None}, TypeError, "dropout_p must be a number, got NoneType"),
+        ({"type_weight": WEIGHT[:0]}, IndexError, "type_ids is None, .* but type_weight has 0 rows"),
+        ({"type_weight": WEIGHT[:0], "backend": "triton"}, IndexError, "but type_weight has 0 rows"),
+        ({"position_weight": WEIGHT[:2], "backend": "triton"}, IndexError, "but position_weight has 2 rows"),
         ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
         ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
         ({"padding_idx": 5}, ValueError, "padding_idx 5 is out of range for a table of 5 rows"),
@@ -217,11 +273,52 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     assert str(raised.value).startswith("embed: ")
 
 
-def test_the_op_itself_refuses_what_would_read_beyond_a_table(device: torch.device) -> None:
+def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
+    """A sound call of the forward op; the op can be reached without ``embed``, so it guards its own addresses."""
+    return {
+        "ids": IDS.to(device), "weight": WEIGHT.to(device), "position_weight": None, "position_ids": None,
+        "position_start": 0, "type_weight": None, "type_ids": None, "norm": True, "norm_weight": None,
+        "norm_bias": None, "norm_eps": 1e-5, "dropout_p": 0.0, "seed": None, "dtype": torch.float32,
+        "padding_idx": -1, "position_padding_idx": -1, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"position_weight": WEIGHT[:, :3]}, ValueError, r"position_weight must be 2-D .* got shape \(5, 3\)"),
+        ({"position_weight": WEIGHT, "position_ids": IDS[0, :2]}, ValueError, "must have 6 or 3 elements, got 2"),
+        ({"position_weight": WEIGHT, "position_ids": IDS.short()}, TypeError, "must be int32 or int64"),
+        ({"position_weight": WEIGHT[:2]}, IndexError, "position_weight has 2 rows"),
+        ({"position_weight": WEIGHT, "position_start": -1}, ValueError, "must not be negative"),
+        ({"type_weight": WEIGHT[:0]}, IndexError, "type_weight has 0 rows"),
+        ({"norm_weight": WEIGHT[0, :3]}, ValueError, r"norm_weight must be \(D,\) = \(4,\), got \(3,\)"),
+        ({"norm_bias": WEIGHT[0].double()}, TypeError, "norm_bias must be torch.float32"),
+        ({"norm": False, "norm_bias": WEIGHT[0]}, ValueError, "norm_bias is given, but norm is None"),
+        ({"dropout_p": 0.5}, ValueError, "seed must be int64 with 1 element where dropout_p is positive, got None"),
+        ({"dropout_p": 0.5, "seed": IDS.int()}, ValueError, r"got torch.int32 \(2, 3\)"),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight must be 2-D"),
+        ({"ids": IDS.float()}, TypeError, "ids must be int32 or int64"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_the_op_itself_refuses_what_would_read_beyond_a_tensor(
+    change: dict[str, Any], error: type[Exception], message: str, device: torch.device
+) -> None:
     op = torch.ops.embedkernels.embed_forward
-    ids, weight = IDS.to(device), WEIGHT.to(device)
-    rest = (None, None, False, None, None, 1e-5, 0.0, None, torch.float32, -1, -1)
-    with pytest.raises(ValueError, match=r"position_weight must be 2-D .* D = 4 .* got shape \(5, 3\)"):
-        op(ids, weight, weight[:, :3], None, 0, *rest)
-    with pytest.raises(ValueError, match="position_ids must have 6 or 3 elements, got 2"):
-        op(ids, weight, weight, ids[0, :2], 0, *rest)
+    op(**op_arguments(device))
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    with pytest.raises(error, match=f"embed: .*{message}"):
+        op(**op_arguments(device, **moved))
+
+
+@pytest.mark.parametrize("short", ["grad", "mean", "rstd", "norm_weight"])
+def test_the_backward_op_refuses_what_it_would_read_beyond(short: str, device: torch.device) -> None:
+    arguments = op_arguments(device, norm_weight=torch.ones(4, device=device))
+    y, mean, rstd = torch.ops.embedkernels.embed_forward(**arguments)
+    shared = {name: arguments[name] for name in list(arguments)[:10]}
+    given = {"grad": y, **shared, "mean": mean, "rstd": rstd, "dropout_p": 0.0, "seed": None}
+    given |= {"need_rows": True, "need_norm": True}
+    torch.ops.embedkernels.embed_backward(**given)
+    with pytest.raises(ValueError, match=f"embed: {short} must"):
+        torch.ops.embedkernels.embed_backward(**{**given, short: given[short].flatten()[:-1]})

@@ -238,3 +238,17 @@ def test_float64_tables_run_on_the_torch_backend(device: torch.device) -> None:
     with ek.use_backend("triton"):
         y = case.run(backend=None)
     assert torch.equal(y, case.reference())
+
+
+@pytest.mark.parametrize("layout", ["every other", "expanded", "reversed copy"])
+def test_norm_parameters_of_any_stride(layout: str, device: torch.device) -> None:
+    """Read by their strides, and given their gradients in their own shape, in both passes."""
+    case = make((12, 16), 24, device=device)
+    for name in ("norm_weight", "norm_bias"):
+        values = {
+            "every other": torch.randn(48, device=device)[::2],
+            "expanded": torch.randn(1, device=device).expand(24),
+            "reversed copy": torch.randn(24, 3, device=device)[:, 1],
+        }[layout]
+        case.parameters[name] = values.requires_grad_()
+    assert_contract(case)

@@ -118,6 +118,20 @@ def test_padding_rows_get_no_gradient(ids: torch.Tensor, device: torch.device) -
     assert all(parameter.grad.ne(0).any() for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("positions", ["arange", "padding"])
+def test_negative_padding_idx_counts_from_the_end_of_the_token_table(positions: str, device: torch.device) -> None:
+    """The table of positions has another number of rows: padding's row there is that of the same id."""
+    torch.manual_seed(1)
+    module = ek.FusedInputEmbeddings(12, 8, max_positions=40, padding_idx=-2, positions=positions, dropout=0.0)
+    torch.manual_seed(1)
+    same = ek.FusedInputEmbeddings(12, 8, max_positions=40, padding_idx=10, positions=positions, dropout=0.0)
+    module, same = module.to(device), same.to(device)
+    ids = torch.tensor([[3, 4, 10, 10]], device=device)
+    assert torch.equal(module(ids), same(ids))
+    assert module.word_embeddings.padding_idx == 10
+    assert module.position_embeddings.padding_idx == (10 if positions == "padding" else None)
+
+
 def test_it_can_be_copied_pickled_and_moved(ids: torch.Tensor, device: torch.device) -> None:
     module = stem().to(device).eval()
     expected = module(ids)
@@ -143,6 +157,15 @@ def test_errors_name_the_argument(ids: torch.Tensor, device: torch.device) -> No
         stem(positions="padding", padding_idx=None)
     with pytest.raises(ValueError, match="'padding' needs padding_idx and max_positions"):
         stem(positions="padding", max_positions=None)
+    with pytest.raises(ValueError, match=r"counts from padding_idx \+ 1 = 16 on, but max_positions is 16"):
+        stem(positions="padding", padding_idx=15)
+    with pytest.raises(ValueError, match=r"counts from padding_idx \+ 1 = 30 on, but max_positions is 16"):
+        stem(positions="padding", padding_idx=-1)
+    for padding_idx in (30, -31):
+        with pytest.raises(ValueError, match=f"padding_idx {padding_idx} is out of range for a table of 30 rows"):
+            stem(padding_idx=padding_idx)
+    with pytest.raises(TypeError, match="FusedInputEmbeddings: padding_idx must be an int, got float"):
+        stem(padding_idx=1.5)
     with pytest.raises(IndexError, match="7 positions from position_start 10 reach position 16"):
         stem().to(device)(ids, position_start=10)
 
