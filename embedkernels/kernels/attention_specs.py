@@ -7,19 +7,21 @@ that once spilled registers, and the shapes that Triton specialises on its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from embedkernels.kernels.attention_tiles import TARGETS, Tiles, shipped_tiles
+from embedkernels.kernels.attention_tiles import TARGETS, Tiles, shipped_tiles, unaligned_tiles
 from embedkernels.kernels.specs import CompileSpec
 
 _POINTERS = {"lse_ptr": "*fp32", "rows_ptr": "*fp32", "bounds_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
 _FLOATS = ("scale_log2", "dropout_p", "keep_scale", "dk_scale", "dv_scale", "dq_scale")
 
 
-# Head sizes that do not fill their tile: multiples of 8 only, whose rows Triton does not know to be aligned, and 96.
-REDUCED = {("bf16", 32): 24, ("bf16", 64): 40, ("bf16", 128): 72, ("fp32", 64): 40, ("fp32", 128): 96}
+# Head sizes that do not fill their tile; and those that are no multiple of 16, which have tiles of their own.
+REDUCED = {("bf16", 64): 48, ("bf16", 128): 96, ("fp32", 128): 96}
+UNALIGNED = {32: 24, 64: 40, 128: 72}
 # Without dropout, causal order, bounds and mask, and with one query head per key head, unless said otherwise.
 _PLAIN = {"causal": False, "bounds": False, "mask": False, "group": 1}
 _PADDED = {**_PLAIN, "bounds": True, "mask": True}
@@ -114,8 +116,12 @@ def _heaviest() -> Iterator[tuple[Variant, Tiles]]:
             yield Variant(family, dtype, width, width, dropout), tiles
 
 
+def _unaligned(variant: Variant) -> Tiles:
+    return unaligned_tiles(variant.family, 4 if variant.dtype == "fp32" else 2)
+
+
 def every(kernel: Any, which: str) -> list[CompileSpec]:
-    """All variants: bf16 stands for fp16, a group of three heads for any, a full head size for those below it."""
+    """All variants: bf16 stands for fp16, a group of three heads for any, a head size for those of its tile."""
     specs = []
     table = {(v.family, v.dtype, v.width, v.dropout): tiles for v, tiles in _heaviest() if v.dtype != "fp16"}
     for family, dtype, width, _ in [key for key in table if key[3]]:
@@ -123,9 +129,12 @@ def every(kernel: Any, which: str) -> list[CompileSpec]:
             tiles = table.get((family, dtype, width, dropout), table[family, dtype, width, True])
             # dk and dv are summed over a group; the other kernels only divide a head's number by it.
             groups = (1, 3) if which == "dkdv" else (1,)
-            for causal, padded, group in [(c, p, g) for c in (False, True) for p in (False, True) for g in groups]:
+            for causal, padded, group in itertools.product((False, True), (False, True), groups):
                 variant = Variant(family, dtype, width, width, dropout, causal, padded, padded, group)
                 specs.append(spec(kernel, which, variant, tiles))
+                if width >= 64:
+                    variant = replace(variant, head_size=UNALIGNED[width])
+                    specs.append(spec(kernel, which, variant, _unaligned(variant)))
     return specs
 
 
@@ -143,6 +152,9 @@ def listed(kernel: Any, which: str) -> list[CompileSpec]:
         add(variant, tiles)
         if (variant.dtype, variant.width) in REDUCED and variant.dropout:
             add(replace(variant, head_size=REDUCED[variant.dtype, variant.width]), tiles)
+        if variant.dtype != "fp16" and variant.width in UNALIGNED and variant.dropout:
+            reduced = replace(variant, head_size=UNALIGNED[variant.width])
+            add(reduced, _unaligned(reduced))
     for key, variants in LIGHTER.items():
         family, name, dtype, width = key
         for change in variants if name == which else ():

@@ -64,7 +64,7 @@ _TABLE = {
     ("sm_80", 4, 16): Tiles(Tile(64, 64, 4, 2, 255), Tile(32, 64, 4, 2, 255), Tile(32, 32, 4, 2, 255)),
     ("sm_80", 4, 32): Tiles(Tile(64, 64, 8, 2, 255), Tile(32, 64, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
     ("sm_80", 4, 64): Tiles(Tile(64, 32, 8, 2, 255), Tile(32, 32, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
-    ("sm_80", 4, 128): Tiles(Tile(32, 16, 8, 2, 255), Tile(16, 32, 4, 1, 255), Tile(32, 32, 8, 2, 255)),
+    ("sm_80", 4, 128): Tiles(Tile(32, 16, 8, 2, 255), Tile(16, 32, 8, 1, 255), Tile(32, 16, 8, 2, 255)),
     ("sm_90", 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
     ("sm_90", 2, 32): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
     ("sm_90", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -97,6 +97,14 @@ _WITHOUT_DROPOUT = {
     ("gfx942", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 2)),
 }
 
+# By bytes of an element, for head sizes that are no multiple of 16: Triton does not know their rows to be aligned and
+# loads single elements, whose addresses take up the registers.
+_UNALIGNED = {
+    2: Tiles(Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1, 255), Tile(32, 16, 8, 1, 255)),
+    4: Tiles(Tile(16, 16, 4, 1, 255), Tile(16, 16, 4, 1, 255), Tile(16, 16, 4, 1, 255)),
+}
+_UNALIGNED_ON_AMD = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+
 _forced: Tiles | None = None
 
 
@@ -120,8 +128,15 @@ def tiles_for(query: Tensor, dropout: bool) -> Tiles:
     """The tiles that a call with these queries is launched with."""
     if _forced is not None:
         return _forced
+    if query.shape[3] % 16:
+        return unaligned_tiles(family(query.device), query.element_size())
     entry = family(query.device), query.element_size(), block_d(query.shape[3])
     return _TABLE[entry] if dropout else _WITHOUT_DROPOUT.get(entry, _TABLE[entry])
+
+
+def unaligned_tiles(name: str, element_size: int) -> Tiles:
+    """The tiles of a family for head sizes that are no multiple of 16."""
+    return _UNALIGNED_ON_AMD if name == "gfx942" else _UNALIGNED[element_size]
 
 
 def shipped_tiles() -> Iterator[tuple[str, tuple[str, ...], int, bool, Tiles]]:

@@ -113,7 +113,9 @@ def test_a_sweep_has_a_line_per_variant(tmp_path: Path) -> None:
 def test_all_variants_hold_what_is_launched() -> None:
     """And the listed ones, but for head sizes and specialisations that a sweep lets others stand for."""
     swept = {name for module in VARIED for name in resources.specs_of(module, "all")}
-    assert len(swept) == 4 * 2 * 4 * 2 * 4 * (1 + 2 + 1)  # family, dtype, width, dropout, masks, group by kernel
+    assert len(swept) == 4 * 2 * (4 + 2) * 2 * 4 * (
+        1 + 2 + 1
+    )  # family, dtype, head size, dropout, masks, group by kernel
     for kernel in ("attention_fwd_kernel", "attention_bwd_dkdv_kernel", "attention_bwd_dq_kernel"):
         for masks in ("plain", "causal", "mask"):
             assert f"{kernel}[gfx942,d16,{masks},group 1,dropout,fp32]" in swept
