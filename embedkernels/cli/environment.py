@@ -23,8 +23,6 @@ def output(*command: str, cwd: Path | None = None, timeout: float = 10.0) -> str
 
 def versions() -> dict[str, str | None]:
     """Version by package; None where it is not installed."""
-    import torch
-
     import embedkernels
 
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -34,7 +32,13 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     # A checkout on the path has no metadata, and torch's does not name the CUDA it was built with.
-    found.update(embedkernels=embedkernels.__version__, torch=torch.__version__)
+    found["embedkernels"] = embedkernels.__version__
+    try:
+        import torch
+
+        found["torch"] = torch.__version__
+    except Exception:  # torch that is installed and does not import keeps the version that its metadata name
+        pass
     return found
 
 

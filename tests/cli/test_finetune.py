@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from embedkernels.cli import launch, plot, results, training
+from embedkernels.cli.errors import CliError
 from embedkernels.cli.settings import Settings
 from tests.cli import support
 from tests.cli.support import command, said
@@ -267,7 +268,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
         1,
         "training diverged: the evaluation loss of",
     ),
-    "weights without bounds": (["--lr", "1e38", "--max-steps", "1"], 1, "training diverged: "),
+    "weights without bounds": (["--lr", "1e38", "--max-steps", "1", "--warmup", "0"], 1, "training diverged: "),
     "no train": (["--train", ""], 2, "--train: is empty"),
     "length": (["--max-length", "2"], 2, "--max-length: 2 leaves no room for text | Use at least 3."),
     "output cannot be written": (["--output", "/dev/null/x"], 2, "--output: /dev/null/x cannot be written | Name a"),
@@ -362,6 +363,15 @@ def test_without_matplotlib_nothing_is_begun(rows: Path, tmp_path: Path, monkeyp
     assert "matplotlib" in done.stderr
     assert 'pip install "embedkernels[cli]"' in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_divergence_whatever_the_loss() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    training._check_model(model, 0.5)
+    with torch.no_grad():
+        model[1].weight[0, 1] = math.inf
+    with pytest.raises(CliError, match=r"training diverged: 1\.weight of the trained model are not finite"):
+        training._check_model(model, 0.5)
 
 
 @pytest.mark.usefixtures("here")
