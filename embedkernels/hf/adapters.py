@@ -139,6 +139,11 @@ def adapter_for(cls: type[nn.Module]) -> Adapter | None:
     return adapter
 
 
+def base_adapter(cls: type[nn.Module]) -> Adapter | None:
+    """The row of the first base of ``cls`` that has one."""
+    return next((row for row in map(adapter_for, cls.__mro__[1:]) if row is not None), None)
+
+
 def family_of(module: nn.Module) -> Adapter | None:
     """The row of the model that ``module`` belongs to: its class or a base of it is defined in the row's module."""
     for base in type(module).__mro__:

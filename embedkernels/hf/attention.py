@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from embedkernels.hf import masks
 from embedkernels.ops import attention as attention_op
+from embedkernels.ops.backend import needs_stock_autograd
 
 NAME = "embedkernels"
 
@@ -46,13 +47,15 @@ def attention_forward(
         **kwargs: ``position_bias`` and ``cu_seq_lens_q``/``cu_seq_lens_k`` are honoured.
 
     Returns:
-        (B, Sq, H, D) and None for the weights.
+        (B, Sq, H, D) and None for the weights: ``output_attentions`` is answered with a warning, as in SDPA.
 
     Raises:
         ValueError: for an argument that neither the kernels nor SDPA honour (``softcap``, ``s_aux``, or
-            ``sliding_window`` without a mask that contains it).
+            ``sliding_window`` without a mask that contains it); for a mask of more or fewer keys than there are.
     """
     _refuse(kwargs, attention_mask, key.shape[2])
+    if kwargs.pop("output_attentions", False):
+        _warn_once(f'{NAME!r} gives no attention weights for output_attentions=True: set "eager" for them')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if (
         attention_mask is not None
@@ -61,13 +64,14 @@ def attention_forward(
     ):
         # Not one of ours: a mask of (Sq, Sk), which SDPA broadcasts.
         attention_mask = attention_mask[None, None]
+    attention_mask = masks.of_all_keys(attention_mask, key.shape[2])
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
         attention_mask = _packed(kwargs, query, key, attention_mask, causal)
     if masks.attention_backend(query.device) == "triton":
         reason = _why_not_kernels(query, key, value, attention_mask, kwargs)
         if reason is None:
             return _run(query, key, value, attention_mask, dropout, scaling, causal), None
-        _warn_once(reason)
+        _warn_once(f"runs on SDPA: {reason}")
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = masks.causal_keys_to_dense(attention_mask, query.shape[2])
     out: tuple[Tensor, None] = sdpa_attention_forward(
@@ -146,6 +150,8 @@ def _why_not_kernels(
         return f"queries have heads of {query.shape[-1]}, values of {value.shape[-1]}"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit is tracing"
+    if needs_stock_autograd(query, key, value):
+        return "torch.func or forward-mode AD differentiates it: the kernels have a backward formula only"
     if mask is not None and mask.dim() != 2:
         batch, keys = query.shape[0], key.shape[2]
         if mask.dtype != torch.bool or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, 1, keys):
@@ -156,11 +162,11 @@ def _why_not_kernels(
 _said: set[str] = set()
 
 
-def _warn_once(reason: str) -> None:
-    if reason in _said or torch.compiler.is_compiling():
+def _warn_once(message: str) -> None:
+    if message in _said or torch.compiler.is_compiling():
         return
-    _said.add(reason)
-    warnings.warn(f"embedkernels: attention runs on SDPA: {reason}", UserWarning, stacklevel=4)
+    _said.add(message)
+    warnings.warn(f"embedkernels: attention {message}", UserWarning, stacklevel=4)
 
 
 def _run(

@@ -3,7 +3,8 @@
 A fused class has the name, module and qualified name of its stock class, so that ``repr``, ``architectures`` in a
 saved config, ``_no_split_modules``, FSDP wrap policies and the class names that transformers keeps registries of stay
 what they were. Instances are pickled as "the fused class of this stock class", which finds its way back through
-:func:`rebuild`. Nothing is added to the instance: unpatching is setting ``__class__`` back.
+:func:`rebuild`. A fused forward runs for instances with the mark of ``embedkernels.hf.state``: for any other, be it
+new, unpatched or reached through a wrapper that outlived the patch, it is the stock forward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from embedkernels.hf import guards
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
+from embedkernels.hf.state import is_marked
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.embed import embed
 
@@ -26,20 +28,25 @@ ADAPTER = "_embedkernels_adapter"
 Forward = Callable[..., Any]
 
 
+def has_fused_class(module: nn.Module) -> bool:
+    """Whether the class of ``module`` was made by :func:`fused_class`, or from such a class by a wrapper."""
+    return hasattr(type(module), STOCK)
+
+
 def is_fused(module: nn.Module) -> bool:
-    """Whether the class of ``module`` was made by :func:`fused_class`."""
-    return STOCK in type(module).__dict__
+    """Whether ``module`` is patched: it has a fused class and the mark that lets its fused forward run."""
+    return has_fused_class(module) and is_marked(module)
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``, or the one that it had before it was patched."""
-    found: type[nn.Module] = type(module).__dict__.get(STOCK, type(module))
+    found: type[nn.Module] = getattr(type(module), STOCK, type(module))
     return found
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The row of the table for a stock or fused module."""
-    fused: Adapter | None = type(module).__dict__.get(ADAPTER)
+    fused: Adapter | None = getattr(type(module), ADAPTER, None)
     return fused or adapter_for(type(module))
 
 
@@ -73,11 +80,21 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     base: type[nn.Module] = FusedEmbedding if adapter is None else stock
 
+    @functools.wraps(stock.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # type(model)(config) makes a new model, which nobody has patched.
+        if type(self) is fused:
+            self.__class__ = stock
+        stock.__init__(self, *args, **kwargs)
+
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = base.__reduce_ex__(self, protocol)
+        if type(self) is not fused:
+            return tuple(reduced)
         return (rebuild, (stock,), *reduced[2:])
 
     namespace: dict[str, Any] = {
+        "__init__": __init__,
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
@@ -85,9 +102,20 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
         STOCK: stock,
         ADAPTER: adapter,
     }
-    if adapter is not None:
-        namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward)
-    return type(stock.__name__, (base,), namespace)
+    namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward) if adapter else _lookup_forward
+    fused: type[nn.Module] = type(stock.__name__, (base,), namespace)
+    return fused
+
+
+@functools.wraps(nn.Embedding.forward)
+def _lookup_forward(self: Any, input: Tensor) -> Tensor:
+    if not is_marked(self):
+        return nn.Embedding.forward(self, input)
+    reason = FusedEmbedding.stock_reason(self)
+    if reason is not None:
+        guards.warn_once(self, "nn.Embedding", reason)
+        return nn.Embedding.forward(self, input)
+    return FusedEmbedding.forward(self, input)
 
 
 def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]:
@@ -108,11 +136,23 @@ def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[st
     return by_name
 
 
-def _fits(ids: Tensor | None, input_ids: Tensor) -> bool:
-    """Whether ``ids`` is absent, or 2-D and broadcasts to the (B, S) of ``input_ids``."""
-    if ids is None:
-        return True
-    return ids.dim() == 2 and ids.shape[1] == input_ids.shape[1] and ids.shape[0] in (1, input_ids.shape[0])
+def _no_input(call: dict[str, Any]) -> bool:
+    return call.get("input_ids") is None and call.get("inputs_embeds") is None
+
+
+def _misfit(call: dict[str, Any]) -> str | None:
+    """Why the ids of this call cannot be looked up in one op, which wants (B, S) and what broadcasts to it."""
+    if call.get("inputs_embeds") is not None:
+        return "inputs_embeds is given"
+    input_ids = call["input_ids"]
+    if input_ids.dim() != 2:
+        return f"input_ids has {input_ids.dim()} dimensions, not 2"
+    batch, length = input_ids.shape
+    for name in ("position_ids", "token_type_ids"):
+        ids = call.get(name)
+        if ids is not None and not (ids.dim() == 2 and ids.shape[1] == length and ids.shape[0] in (1, batch)):
+            return f"{name} is not of the shape of input_ids"
+    return None
 
 
 def _positions(past: Any, input_ids: Tensor) -> tuple[Tensor | None, int]:
@@ -134,24 +174,17 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
 
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_marked(self):
+            return stock_forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
-        if call is None or not call.keys() <= _STEM_ARGUMENTS:
-            return stock_forward(self, *args, **kwargs)
-        input_ids = call.get("input_ids")
-        position_ids, type_ids = call.get("position_ids"), call.get("token_type_ids")
-        if (
-            input_ids is None
-            or call.get("inputs_embeds") is not None
-            or input_ids.dim() != 2
-            or not _fits(position_ids, input_ids)
-            or not _fits(type_ids, input_ids)
-        ):
-            return stock_forward(self, *args, **kwargs)
-        reason = guards.problem(self, adapter)
+        if call is None or not call.keys() <= _STEM_ARGUMENTS or _no_input(call):
+            return stock_forward(self, *args, **kwargs)  # which raises
+        reason = _misfit(call) or guards.problem(self, adapter)
         if reason is not None:
-            guards.warn_once(self, adapter, reason)
+            guards.warn_once(self, f"{adapter.cls} ({adapter.model})", reason)
             return stock_forward(self, *args, **kwargs)
 
+        input_ids, position_ids, type_ids = call["input_ids"], call.get("position_ids"), call.get("token_type_ids")
         start = 0
         past = call.get("past_key_values_length", 0)
         if position_ids is None and adapter.position_rule == "padding":
@@ -203,26 +236,21 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
 
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            # Inductor fuses the lookups, the addition and the dropout into one kernel by itself.
+        # Inductor fuses the lookups, the addition and the dropout into one kernel by itself.
+        if not is_marked(self) or torch.compiler.is_compiling():
             return stock_forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
-        if call is None:
-            return stock_forward(self, *args, **kwargs)
-        input_ids, position_ids = call.get("input_ids"), call.get("position_ids")
-        if (
-            input_ids is None
-            or call.get("inputs_embeds") is not None
-            or call.get("token_type_ids") is not None  # looked up in the token table, added after the positions
-            or input_ids.dim() != 2
-            or not _fits(position_ids, input_ids)
-        ):
-            return stock_forward(self, *args, **kwargs)
-        reason = guards.problem(self, adapter)
+        if call is None or _no_input(call):
+            return stock_forward(self, *args, **kwargs)  # which raises
+        reason = _misfit(call)
+        if call.get("token_type_ids") is not None:
+            reason = "token_type_ids is given: it is looked up in the token table and added after the positions"
+        reason = reason or guards.problem(self, adapter)
         if reason is not None:
-            guards.warn_once(self, adapter, reason)
+            guards.warn_once(self, f"{adapter.cls} ({adapter.model})", reason)
             return stock_forward(self, *args, **kwargs)
 
+        input_ids, position_ids = call["input_ids"], call.get("position_ids")
         self.warn_if_padding_and_no_attention_mask(input_ids, call.get("attention_mask"))
         start = 0
         if position_ids is None:

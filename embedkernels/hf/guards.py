@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
+from embedkernels.hf import state
 from embedkernels.hf.adapters import Adapter
 from embedkernels.nn.embedding import FusedEmbedding
+from embedkernels.ops.backend import needs_stock_autograd
 
 _HOOKS = (
     ("_forward_hooks", "a forward hook"),
@@ -94,12 +96,14 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         return "a hook on all modules is registered (torch.nn.modules.module.register_module_*_hook)"
     parts: dict[str, Any] = module._modules
     dtype, device = None, None
+    read: list[torch.Tensor] = []
     for name in adapter.tables:
         part: Any = parts.get(name)
         reason = embedding_problem(part, name) or _watched(part, name)
         if reason is not None:
             return reason
         weight = part.weight
+        read.append(weight)
         if dtype is None:
             dtype, device = weight.dtype, weight.device
         elif weight.dtype != dtype or weight.device != device:
@@ -116,6 +120,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
                 return f"{adapter.norm} has a parameter of type {type(parameter).__name__}"
             if parameter.dtype != dtype or parameter.device != device:
                 return f"{adapter.norm} differs in dtype or device from {adapter.tokens}"
+            read.append(parameter)
     if adapter.dropout is not None:
         dropout = parts.get(adapter.dropout)
         if type(dropout) is not nn.Dropout:
@@ -125,13 +130,17 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
             return reason
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit is tracing: the traced model should run without embedkernels"
+    if needs_stock_autograd(*read):
+        return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
+    if adapter.recipe == "stem":
+        return state.ids_problem(module, parts[str(adapter.positions)].weight.shape[0])
     return None
 
 
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def warn_once(module: nn.Module, adapter: Adapter, reason: str) -> None:
+def warn_once(module: nn.Module, what: str, reason: str) -> None:
     """Say once per module and reason that it takes its stock forward."""
     if torch.compiler.is_compiling():
         return
@@ -139,6 +148,4 @@ def warn_once(module: nn.Module, adapter: Adapter, reason: str) -> None:
     if reason in said:
         return
     said.add(reason)
-    warnings.warn(
-        f"embedkernels: {adapter.cls} ({adapter.model}) runs its stock forward: {reason}", UserWarning, stacklevel=4
-    )
+    warnings.warn(f"embedkernels: {what} runs its stock forward: {reason}", UserWarning, stacklevel=4)

@@ -111,6 +111,27 @@ def _compact(
     return keys if causal else keys[:, None, None, :]
 
 
+def of_all_keys(mask: Tensor | None, kv_length: int) -> Tensor | None:
+    """``mask`` if it is of ``kv_length`` keys or one for all; None if it is of another number and masks nothing.
+
+    transformers takes the number of keys from ``attention_mask`` and makes no mask of one that is all ones, so stock
+    models run with any number of ones.
+
+    Raises:
+        ValueError: for another number of keys, some of them masked.
+    """
+    if mask is None or mask.shape[-1] in (1, kv_length):
+        return mask
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    compact = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)
+    if compact and not traced and bool(mask.all()):
+        return None
+    raise ValueError(
+        f"attention_mask is of {mask.shape[-1]} keys, but there are {kv_length}: it must have one column for each "
+        "token of the input, and of the cache if there is one"
+    )
+
+
 def causal_keys_to_dense(keys: Tensor, q_length: int) -> Tensor:
     """The (B, 1, Sq, Sk) mask that a compact causal (B, Sk) mask stands for."""
     kv_length = keys.shape[1]

@@ -12,35 +12,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from embedkernels.hf import attention as hf_attention
-from embedkernels.hf import fused, guards
-from embedkernels.hf.adapters import Adapter, family_of, supported
+from embedkernels.hf import config, fused, guards
+from embedkernels.hf.adapters import Adapter, base_adapter, family_of, supported
 from embedkernels.hf.report import Entry, OpChoice, PatchReport, Status
+from embedkernels.hf.state import MARK, Mark
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.backend import choose
-
-# Implementations that a user gets without asking; any other was chosen by name and stays.
-_REPLACED = ("sdpa", "eager")
-_RECORD = "_embedkernels_attention_before"
-
-
-@dataclass(frozen=True)
-class _Before:
-    """The attention implementation that ``patch`` replaced.
-
-    A class of this module, so that unpickling a patched model registers the attention implementation it names.
-    """
-
-    implementation: str
 
 
 @dataclass
 class _Step:
-    """What to do with one module: its entry in the report, whether to change it, and who shares its configuration."""
+    """What to do with one module: its entry in the report, whether to change it, and the models around it.
+
+    ``around`` are models that share the configuration of a patched one that they contain.
+    """
 
     entry: Entry
     module: nn.Module
     change: bool
-    sharing: tuple[nn.Module, ...] = ()
+    around: tuple[nn.Module, ...] = ()
 
 
 def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, strict: bool = False) -> PatchReport:
@@ -48,12 +38,14 @@ def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, 
 
     Modules keep their parameters, buffers, names, hooks, ``state_dict`` and ``isinstance``; their ``__class__``
     becomes a subclass of the stock class. A module that something hooks, wraps or parametrises runs its stock
-    forward, with one warning. Patching a patched model changes nothing and reports the present state.
+    forward, with one warning, and so does a call that the fused forward does not cover. Patching a patched model
+    changes nothing and reports the present state. Other models are not touched, be they of the same configuration.
 
     Args:
         model: a Hugging Face model, or any module that contains some.
         embeddings: fuse the input embeddings.
-        attention: set the attention implementation ``"embedkernels"`` where ``"sdpa"`` or ``"eager"`` is set.
+        attention: set the attention implementation ``"embedkernels"`` where ``"sdpa"`` is set, which is what
+            transformers takes unless it is told otherwise. Any other was chosen, and stays.
         strict: raise instead of warning if there is nothing to patch.
 
     Returns:
@@ -77,9 +69,10 @@ def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, 
         if strict:
             raise ValueError(message)
         warnings.warn(f"embedkernels: {message}", UserWarning, stacklevel=2)
+    elif subclasses := [step.entry for step in steps if step.entry.reason.startswith(_SUBCLASS)]:
+        warnings.warn(f"embedkernels: left alone in {_reasons(model, subclasses)}", UserWarning, stacklevel=2)
     for step in steps:
-        if step.change:
-            _apply(step)
+        _apply(model, step)
     return PatchReport(type(model).__name__, tuple(step.entry for step in steps))
 
 
@@ -102,7 +95,10 @@ def describe(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo :func:`patch`: stock classes and the attention implementation that was set before.
+    """Undo :func:`patch`: stock classes, and the configuration itself with the attention implementation it names.
+
+    What was set on the configuration meanwhile stays set. A class that something made from a fused one since (FSDP2,
+    a parametrisation) is not taken apart: the module keeps it and runs its stock forward, and a warning says so.
 
     Args:
         model: the patched model, or a module that contains it. A model that is not patched stays as it is.
@@ -110,14 +106,21 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    for module in _module(model, "unpatch").modules():
-        if fused.is_fused(module):
+    wrapped = []
+    for path, module in _module(model, "unpatch").named_modules():
+        was_patched = module.__dict__.pop(MARK, None) is not None
+        if fused.STOCK in type(module).__dict__:
             module.__class__ = fused.stock_class(module)
-        before = module.__dict__.pop(_RECORD, None)
-        if before is None or not isinstance(module, PreTrainedModel):
-            continue
-        if module.config._attn_implementation == hf_attention.NAME:
-            module.set_attn_implementation(before.implementation)
+        elif was_patched and fused.has_fused_class(module):
+            wrapped.append(f"{path or type(model).__name__} ({type(module).__name__})")
+    config.restore(model)
+    if wrapped:
+        warnings.warn(
+            f"embedkernels: unpatched, but of a class that was made from the fused one since: {', '.join(wrapped)}. "
+            "The stock forward runs; the class stays until what made it is undone and unpatch is called again",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _module(model: Any, function: str) -> nn.Module:
@@ -127,23 +130,27 @@ def _module(model: Any, function: str) -> nn.Module:
 
 
 def _unsupported(model: nn.Module, entries: list[Entry]) -> str:
-    reasons = "; ".join(f"{e.path or type(model).__name__} {e.part}: {e.reason}" for e in entries)
     return (
         f"nothing to patch in {type(model).__name__}: supported are the embeddings and the attention of {supported()}"
-        + (f" ({reasons})" if reasons else "")
+        + (f" ({_reasons(model, entries)})" if entries else "")
     )
 
 
-def _apply(step: _Step) -> None:
-    if step.entry.part == "embeddings":
-        step.module.__class__ = fused.fused_class(fused.stock_class(step.module))
-        return
+def _reasons(model: nn.Module, entries: list[Entry]) -> str:
+    return "; ".join(f"{e.path or type(model).__name__} {e.part}: {e.reason}" for e in entries)
+
+
+def _apply(model: nn.Module, step: _Step) -> None:
     module = step.module
-    assert isinstance(module, PreTrainedModel)
-    before = module.config._attn_implementation
-    module.set_attn_implementation(hf_attention.NAME)
-    for one in step.sharing:
-        one.__dict__[_RECORD] = _Before(before)
+    if step.change and step.entry.part == "embeddings":
+        module.__dict__[MARK] = Mark()
+        # A wrapper's class that was made from a fused one already has the fused forward.
+        if not fused.has_fused_class(module):
+            module.__class__ = fused.fused_class(type(module))
+    elif step.change:
+        config.set_attention(model, config.stock_of(module.config), hf_attention.NAME)
+    for wrapper in step.around:
+        config.share(wrapper, module.config)
 
 
 def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step]:
@@ -153,11 +160,18 @@ def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step
         yield from _plan_attention(model)
 
 
+_SUBCLASS = "a subclass of "
+
+
 def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
     covered: set[int] = set()
     for path, module in model.named_modules():
         adapter = fused.adapter_of(module)
         if adapter is None:
+            base = base_adapter(type(module))
+            if base is not None:
+                covered.update(id(module._modules.get(table)) for table in base.tables)
+                yield _left_alone(path, module, f"{_SUBCLASS}{base.cls}, which may compute something else")
             continue
         if adapter.recipe == "lookup":
             tokens = module._modules.get(adapter.tokens)
@@ -169,8 +183,12 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
         yield _embedding_step(path, module, adapter, reason, guards.problem(module, adapter))
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and id(module) not in covered and not fused.is_fused(module):
-            name = type(module).__name__
-            yield _Step(Entry(path, "embeddings", name, name, "left alone", "no adapter looks it up"), module, False)
+            yield _left_alone(path, module, "no adapter looks it up")
+
+
+def _left_alone(path: str, module: nn.Module, reason: str) -> _Step:
+    name = type(module).__name__
+    return _Step(Entry(path, "embeddings", name, name, "left alone", reason), module, False)
 
 
 def _plan_lookup(path: str, parent: nn.Module, adapter: Adapter, tokens: nn.Module | None) -> _Step:
@@ -180,21 +198,31 @@ def _plan_lookup(path: str, parent: nn.Module, adapter: Adapter, tokens: nn.Modu
     reason = guards.embedding_problem(tokens, adapter.tokens)
     if reason is None and "forward" in tokens.__dict__:
         reason = f"{adapter.tokens}.forward was replaced on the instance"
-    return _embedding_step(path, tokens, adapter, reason, None)
+    not_now = tokens.stock_reason() if isinstance(tokens, FusedEmbedding) else None
+    return _embedding_step(path, tokens, adapter, reason, not_now)
+
+
+# Calls that a patched module runs stock, by recipe.
+_NOTES = {
+    "lookup": "",
+    "stem": "a call with inputs_embeds runs the stock forward",
+    "inline": "a call with token_type_ids, inputs_embeds or ids that are not 2-D runs the stock forward, and so does "
+    "torch.compile, where Inductor fuses it",
+}
 
 
 def _embedding_step(path: str, module: nn.Module, adapter: Adapter, never: str | None, not_now: str | None) -> _Step:
     """A step for a module that can never be fused, that cannot at present, or that can."""
     stock = fused.stock_class(module).__name__
-    already = fused.is_fused(module) or isinstance(module, FusedEmbedding)
+    by_hand = isinstance(module, FusedEmbedding) and not fused.has_fused_class(module)
+    already = fused.is_fused(module) or by_hand
     if never is not None and not already:
         return _Step(Entry(path, "embeddings", stock, stock, "left alone", never), module, False)
     status: Status = "already" if already else "patched"
     if not_now is not None:
         status = "falls back"
     ops = () if not_now is not None else tuple(_choice(op, module) for op in adapter.ops)
-    note = "under torch.compile the stock forward runs, and Inductor fuses it" if adapter.recipe == "inline" else ""
-    entry = Entry(path, "embeddings", stock, adapter.formula, status, not_now or note, ops)
+    entry = Entry(path, "embeddings", stock, adapter.formula, status, not_now or _NOTES[adapter.recipe], ops)
     return _Step(entry, module, not already)
 
 
@@ -202,36 +230,53 @@ def _plan_attention(model: nn.Module) -> Iterator[_Step]:
     by_config: dict[int, list[tuple[str, PreTrainedModel]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            by_config.setdefault(id(module.config), []).append((path, module))
-    for sharing in by_config.values():
-        # The innermost model of a known family: a model around it may hold others with their own attention.
-        path, module = next((one for one in reversed(sharing) if family_of(one[1]) is not None), sharing[0])
-        yield _attention_step(path, module, tuple(one for _, one in sharing))
+            # Models share a configuration or a view of it; of those that are patched and those that are not, each
+            # are a group.
+            key = id(config.stock_of(module.config))
+            by_config.setdefault(-key if config.is_patched(module.config) else key, []).append((path, module))
+    for key, group in by_config.items():
+        if key < 0:
+            patched = [path for path, _ in group]
+            others = by_config.get(-key, [])
+            yield _attention_step(*_innermost(group), tuple(m for path, m in others if _around(path, patched)))
+            continue
+        patched = [path for path, _ in by_config.get(-key, [])]
+        rest = [(path, module) for path, module in group if not _around(path, patched)]
+        if rest:
+            yield _attention_step(*_innermost(rest))
 
 
-def _attention_step(path: str, module: PreTrainedModel, sharing: tuple[nn.Module, ...]) -> _Step:
-    current = module.config._attn_implementation
+def _innermost(group: list[tuple[str, PreTrainedModel]]) -> tuple[str, PreTrainedModel]:
+    """The innermost model of a known family: a model around it may hold others with their own attention."""
+    return next((one for one in reversed(group) if family_of(one[1]) is not None), group[0])
+
+
+def _around(path: str, others: list[str]) -> bool:
+    """Whether the module of this path contains one of the others."""
+    return any(other.startswith(f"{path}." if path else "") and other != path for other in others)
+
+
+def _attention_step(path: str, module: PreTrainedModel, around: tuple[nn.Module, ...] = ()) -> _Step:
+    current = str(module.config._attn_implementation)
     if current == hf_attention.NAME:
-        before = module.__dict__.get(_RECORD)
-        was = before.implementation if before is not None else current
+        was = str(config.stock_of(module.config)._attn_implementation)
         entry = Entry(path, "attention", was, current, "already", "", (_choice("attention", module),))
-        return _Step(entry, module, False)
+        return _Step(entry, module, False, around)
     reason = None
     if family_of(module) is None:
         reason = f"no adapter for {type(module).__name__}"
     elif not module._can_set_attn_implementation():
         reason = f"{type(module).__name__} does not take its attention from AttentionInterface"
-    elif current not in _REPLACED:
+    elif current == "eager":
+        reason = "eager was chosen, which alone gives attention weights and what else eager attention does"
+        if module._supports_sdpa:
+            reason += ': call model.set_attn_implementation("sdpa") before patch to have it fused'
+    elif current != "sdpa":
         reason = f"{current} was chosen by name"
-    elif current == "eager" and getattr(module.config, "output_attentions", False):
-        reason = "config.output_attentions asks for attention weights, which only eager attention has"
-    elif current == "eager" and getattr(module.config, "reorder_and_upcast_attn", False):
-        reason = "config.reorder_and_upcast_attn asks for eager attention"
     if reason is not None:
-        return _Step(Entry(path, "attention", str(current), str(current), "left alone", reason), module, False)
+        return _Step(Entry(path, "attention", current, current, "left alone", reason), module, False)
     ops = (_choice("attention", module),)
-    entry = Entry(path, "attention", str(current), hf_attention.NAME, "patched", "", ops)
-    return _Step(entry, module, True, sharing)
+    return _Step(Entry(path, "attention", current, hf_attention.NAME, "patched", "", ops), module, True)
 
 
 def _choice(op: str, module: nn.Module) -> OpChoice:
@@ -249,6 +294,6 @@ def _choice(op: str, module: nn.Module) -> OpChoice:
     return OpChoice(op, parameter.device.type, choice.backend, choice.reason)
 
 
-def _head_size(config: Any) -> int:
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _head_size(of: Any) -> int:
+    size: int = getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads
     return size

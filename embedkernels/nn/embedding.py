@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from embedkernels.ops.backend import needs_stock_autograd
 from embedkernels.ops.embedding import embedding
 from embedkernels.ops.embedding_grad import DTYPES
 
@@ -18,8 +19,8 @@ class FusedEmbedding(nn.Embedding):
     An id out of range raises an IndexError that names it (see :func:`embedkernels.embedding`).
 
     ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` run the stock forward as it is, which ``fused`` tells.
-    So do weights that are no plain floating-point tensor (a DTensor, a quantised tensor) and the transforms of
-    ``torch.func``.
+    So do weights that are no plain floating-point tensor (a DTensor, a quantised tensor), the transforms of
+    ``torch.func``, forward-mode AD and ``torch.jit.trace``.
 
     Args:
         num_embeddings: V, rows of the table.
@@ -44,15 +45,27 @@ class FusedEmbedding(nn.Embedding):
         """Whether the options of this module are covered by the fused op; where not, the stock forward runs."""
         return self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
 
+    def stock_reason(self) -> str | None:
+        """Why a forward would now be the stock one, or None if it would be the fused one."""
+        if not self.fused:
+            return "it uses max_norm, scale_grad_by_freq or sparse"
+        weight = self.weight
+        # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op.
+        if type(weight) not in (Tensor, Parameter):
+            return f"its weight is a {type(weight).__name__}, not a plain parameter"
+        if weight.dtype not in DTYPES:
+            return f"its weight is of {weight.dtype}"
+        if needs_stock_autograd(weight):
+            return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return "torch.jit is tracing: the traced model should run without embedkernels"
+        return None
+
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table at ``input``."""
-        weight = self.weight
-        # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op; so do torch.func's
-        # transforms.
-        plain = type(weight) in (Tensor, Parameter) and weight.dtype in DTYPES
-        if not (self.fused and plain) or torch._C._are_functorch_transforms_active():
+        if self.stock_reason() is not None:
             return super().forward(input)
-        return embedding(input, weight, padding_idx=self.padding_idx)
+        return embedding(input, self.weight, padding_idx=self.padding_idx)
 
     def extra_repr(self) -> str:
         """As in ``nn.Embedding``, with ``fused=False`` where an option makes the stock forward run."""

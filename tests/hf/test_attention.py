@@ -486,3 +486,59 @@ def test_the_kernels_compile_into_one_graph(name):
     expected = stock(**inputs).last_hidden_state
     torch.testing.assert_close(output[kept], expected[kept], rtol=1e-5, atol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_attention_weights_are_missed_with_a_warning_as_in_sdpa(name, backend, monkeypatch):
+    stock, patched = pair(name)
+    inputs = {"input_ids": ids(2, 4), "output_attentions": True}
+    assert stock(**inputs).attentions == ()
+    monkeypatch.setattr(hf_attention, "_said", set())
+    with ek.use_backend(backend):
+        with pytest.warns(UserWarning, match=r'no attention weights for output_attentions=True: set "eager"'):
+            assert patched(**inputs).attentions == ()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            patched(**inputs)
+    with pytest.raises(ValueError, match="output_attentions"):
+        stock.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions"):
+        patched.config.output_attentions = True
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("columns", [1, 3, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mask_of_another_length_runs_where_stock_runs(name, backend, columns, masked):
+    stock, patched = pair(name)
+    inputs = {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, columns, dtype=torch.long)}
+    inputs["attention_mask"][1, -1] = 0 if masked else 1
+    try:
+        expected = stock(**inputs).last_hidden_state
+    except RuntimeError:
+        with (
+            ek.use_backend(backend),
+            pytest.raises(ValueError, match=rf"attention_mask is of {columns} keys.* are 5"),
+        ):
+            patched(**inputs)
+    else:
+        with ek.use_backend(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = patched(**inputs).last_hidden_state
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_mask_of_another_length_for_cross_attention():
+    config = copy.deepcopy(build("bert").config)
+    config.is_decoder = config.add_cross_attention = True
+    patched = transformers.BertModel(config).eval()
+    ek.patch(patched, strict=True)
+    inputs = {"input_ids": ids(2, 5), "encoder_hidden_states": torch.randn(2, 4, 32)}
+    longer = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    with ek.use_backend("triton"), pytest.raises(ValueError, match=r"attention_mask is of 6 keys.* are 4"):
+        patched(**inputs, encoder_attention_mask=longer)

@@ -1,5 +1,6 @@
 """Fine-tuning runs: the losses of a patched model follow those of the stock model, step by step."""
 
+import contextlib
 import copy
 import math
 
@@ -12,9 +13,9 @@ from embedkernels.hf import guards
 from tests.hf.models import VOCAB, build
 
 
-def classifier(dropout=0.0, layers=2):
+def classifier(dropout=0.0, layers=2, heads=2):
     config = build("bert", layers=layers, dropout=dropout).config
-    config.num_labels = 2
+    config.num_labels, config.num_attention_heads = 2, heads
     torch.manual_seed(0)
     return transformers.BertForSequenceClassification(config).train()
 
@@ -62,7 +63,7 @@ def assert_close(ours, theirs):
 def runs_fused(monkeypatch):
     """Fail if any module falls back: the comparison would be of stock with stock."""
 
-    def fail(module, adapter, reason):
+    def fail(module, what, reason):
         raise AssertionError(reason)
 
     monkeypatch.setattr(guards, "warn_once", fail)
@@ -135,3 +136,69 @@ def test_the_trainer_takes_a_patched_model(tmp_path):
     loaded = transformers.BertForSequenceClassification.from_pretrained(checkpoint)
     assert loaded.config.architectures == ["BertForSequenceClassification"]
     assert "embedkernels" not in (checkpoint / "config.json").read_text()
+
+
+ANSWER = 7
+
+
+def sentences(number, length, seed):
+    """Sentences of many lengths; the label says whether one token is anywhere in the sentence."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(8, VOCAB, (number, length), generator=generator)
+        lengths = torch.randint(2, length + 1, (number,), generator=generator)
+        labels = torch.randint(0, 2, (number,), generator=generator)
+        rows, place = torch.arange(number), (torch.rand(number, generator=generator) * lengths).long()
+        input_ids[rows, place] = torch.where(labels.bool(), ANSWER, input_ids[rows, place])
+        mask = torch.arange(length) < lengths[:, None]
+    made = {"input_ids": input_ids.masked_fill(~mask, 1), "attention_mask": mask.long(), "labels": labels}
+    return {key: value.to(torch.get_default_device()) for key, value in made.items()}
+
+
+def accuracy(model, length):
+    """The share of right answers to unseen sentences."""
+    unseen = sentences(512, length, seed=2)
+    with torch.no_grad():
+        right = model.eval()(**unseen).logits.argmax(1) == unseen["labels"]
+    model.train()
+    return right.float().mean().item()
+
+
+def learn(model, steps, batch, length, learning_rate):
+    """AdamW on sentences, a new batch in every step."""
+    data = sentences(steps * batch, length, seed=1)
+    torch.manual_seed(13)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for step in range(steps):
+        rows = slice(step * batch, (step + 1) * batch)
+        optimizer.zero_grad()
+        model(**{key: value[rows] for key, value in data.items()}).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("runs_fused")
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_with_dropout_the_final_accuracy_is_stocks(backend):
+    stock = classifier(dropout=0.1, layers=1)
+    patched = copy.deepcopy(stock)
+    ek.patch(patched, strict=True)
+    with ek.use_backend(backend) if backend else contextlib.nullcontext():
+        for model in (stock, patched):
+            assert accuracy(model, 8) < 0.7
+            learn(model, steps=150, batch=16, length=8, learning_rate=3e-3)
+    assert accuracy(stock, 8) > 0.95
+    assert abs(accuracy(patched, 8) - accuracy(stock, 8)) <= 0.01
+
+
+@pytest.mark.usefixtures("runs_fused", "on_device")
+def test_with_dropout_the_final_accuracy_through_the_kernels_is_stocks():
+    """The kernels draw other numbers than stock, so the losses differ; what is learnt does not."""
+    stock = classifier(dropout=0.1, layers=1, heads=1)
+    patched = copy.deepcopy(stock)
+    ek.patch(patched, strict=True)
+    learn(stock, steps=24, batch=8, length=3, learning_rate=6e-3)
+    with ek.use_backend("triton"):
+        learn(patched, steps=24, batch=8, length=3, learning_rate=6e-3)
+    assert accuracy(stock, 3) > 0.95
+    # On a CPU not through the kernels: 512 sentences take Triton's interpreter minutes.
+    assert abs(accuracy(patched, 3) - accuracy(stock, 3)) <= 0.01

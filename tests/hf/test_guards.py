@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import embedkernels as ek
 from embedkernels.hf import adapters, fused, guards
-from tests.hf.models import build, ids, padded, pair
+from tests.hf.models import FUSED, build, ids, padded, pair
 
 PARTS = {
     "bert": ("embeddings", {"tokens": "word_embeddings", "positions": "position_embeddings", "dropout": "dropout"}),
@@ -290,17 +290,32 @@ def test_a_subclass_of_the_stock_class_is_left_alone():
 
     model.embeddings.__class__ = Own
     stock = copy.deepcopy(model)
-    ek.patch(model)
+    with pytest.warns(UserWarning, match="embeddings: a subclass of BertEmbeddings"):
+        report = ek.patch(model)
+    entry = next(entry for entry in report.entries if entry.part == "embeddings")
+    assert (entry.path, entry.was, entry.status) == ("embeddings", "Own", "left alone")
+    assert entry.reason.startswith("a subclass of BertEmbeddings")
+    assert "no adapter looks it up" not in str(report)
     assert type(model.embeddings) is Own
     assert torch.equal(model(ids := torch.tensor([[5, 6]])).last_hidden_state, stock(ids).last_hidden_state)
 
 
-def test_tracing_with_torch_jit_records_stock_ops():
-    _, patched = pair("bert")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_tracing_with_torch_jit_records_stock_ops(name):
+    _, patched = pair(name)
+    patched.config.return_dict = patched.config.use_cache = False
+    module = patched.get_submodule(FUSED[name]).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(patched.embeddings.eval(), (ids(),))
+        traced = torch.jit.trace(module, (ids(),))
     assert "embedkernels" not in str(traced.inlined_graph)
+
+
+def test_a_fused_embedding_is_traced_as_a_stock_one():
+    table = ek.FusedEmbedding(6, 4)
+    traced = torch.jit.trace(table, (torch.tensor([1, 2]),))
+    assert "embedkernels::" not in str(traced.inlined_graph)
+    assert torch.equal(traced(torch.tensor([5])), table.weight[5:])
 
 
 def test_the_checks_are_cheap():
@@ -319,3 +334,45 @@ def test_adapters_do_not_import_transformers():
     source = Path(adapters.__file__).read_text()
     assert "import transformers" not in source
     assert "from transformers" not in source
+
+
+CALLS = {
+    "gpt2 with types": ("gpt2", {"input_ids": ids(), "token_type_ids": ids()}, "token_type_ids is given"),
+    "gpt2 with embeddings": ("gpt2", {"inputs_embeds": torch.randn(2, 4, 32)}, "inputs_embeds is given"),
+    "gpt2 with ids of three dimensions": (
+        "gpt2",
+        {"input_ids": ids(4, 3).view(2, 2, 3)},
+        "input_ids has 3 dimensions",
+    ),
+    "bert with embeddings": ("bert", {"inputs_embeds": torch.randn(2, 4, 32)}, "inputs_embeds is given"),
+    "bert with positions of one dimension": (
+        "bert",
+        {
+            "input_ids": ids(2, 4),
+            "token_type_ids": torch.zeros(2, 4, dtype=torch.long),
+            "position_ids": torch.arange(4),
+        },
+        "position_ids is not of the shape of input_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_cannot_be_fused_runs_stock_with_one_warning(call):
+    name, inputs, reason = CALLS[call]
+    stock, patched = pair(name, dropout=0.2)
+    _same_with_one_warning(stock, patched, f"stock forward: {reason}", inputs)
+    note = ek.patch(patched).entries[0].reason
+    assert "inputs_embeds" in note
+    assert ("token_type_ids" in note) == (name == "gpt2")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_call_that_stock_refuses_is_refused_without_a_warning(name):
+    _, patched = pair(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ValueError, TypeError)):
+            patched()
+        with pytest.raises(TypeError):
+            patched.get_submodule(PARTS[name][0])(ids(), nonsense=1, input_ids=ids())

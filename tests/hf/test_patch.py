@@ -136,27 +136,46 @@ def test_part_of_a_patched_model_can_be_unpatched(part):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_eager_attention_comes_back():
-    model = build("bert")
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "distilbert"])
+def test_eager_attention_was_chosen_and_stays(name):
+    """transformers sets eager only where it is told to; it alone gives attention weights."""
+    model = build(name)
     model.set_attn_implementation("eager")
-    ek.patch(model)
-    assert model.config._attn_implementation == "embedkernels"
+    stock = copy.deepcopy(model)
+    entry = ek.patch(model).entries[1]
+    assert entry.status == "left alone"
+    assert "eager was chosen" in entry.reason
+    assert 'model.set_attn_implementation("sdpa") before patch' in entry.reason
+    inputs = padded()
+    ours, theirs = (one(**inputs, output_attentions=True).attentions for one in (model, stock))
+    assert len(theirs) == 1
+    assert torch.equal(ours[0], theirs[0])
+    model.config.output_attentions = True
+    assert model(**inputs).attentions[0] is not None
     ek.unpatch(model)
     assert model.config._attn_implementation == "eager"
 
 
-def test_attention_chosen_by_name_and_attention_weights_stay():
+def test_the_remedy_for_eager_attention_is_one():
+    model = build("bert")
+    model.set_attn_implementation("eager")
+    ek.patch(model)
+    model.set_attn_implementation("sdpa")
+    assert ek.patch(model).entries[1].status == "patched"
+
+
+def test_a_class_without_sdpa_is_given_no_remedy(monkeypatch):
+    model = build("bert")
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+    assert "set_attn_implementation" not in ek.patch(model).entries[1].reason
+
+
+def test_attention_chosen_by_name_stays():
     model = build("bert")
     model.set_attn_implementation("flex_attention")
     entry = ek.patch(model).entries[1]
     assert (entry.status, entry.reason) == ("left alone", "flex_attention was chosen by name")
-    model = build("bert")
-    model.set_attn_implementation("eager")
-    model.config.output_attentions = True
-    entry = ek.patch(model).entries[1]
-    assert entry.status == "left alone"
-    assert "output_attentions" in entry.reason
-    assert model(ids()).attentions[0] is not None
 
 
 def test_an_unsupported_model_warns_or_raises_and_is_not_changed():
