@@ -100,7 +100,7 @@ _WITHOUT_DROPOUT = {
 # By bytes of an element, for head sizes that are no multiple of 16: Triton does not know their rows to be aligned and
 # loads single elements, whose addresses take up the registers.
 _UNALIGNED = {
-    2: Tiles(Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1, 255), Tile(32, 16, 8, 1, 255)),
+    2: Tiles(Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
     4: Tiles(Tile(16, 16, 4, 1, 255), Tile(16, 16, 4, 1, 255), Tile(16, 16, 4, 1, 255)),
 }
 _UNALIGNED_ON_AMD = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
