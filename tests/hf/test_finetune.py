@@ -1,6 +1,5 @@
 """Fine-tuning runs: the losses of a patched model follow those of the stock model, step by step."""
 
-import contextlib
 import copy
 import math
 
@@ -177,15 +176,13 @@ def learn(model, steps, batch, length, learning_rate):
 
 
 @pytest.mark.usefixtures("runs_fused")
-@pytest.mark.parametrize("backend", ["torch", None])
-def test_with_dropout_the_final_accuracy_is_stocks(backend):
+def test_with_dropout_the_final_accuracy_is_stocks():
     stock = classifier(dropout=0.1, layers=1)
     patched = copy.deepcopy(stock)
     ek.patch(patched, strict=True)
-    with ek.use_backend(backend) if backend else contextlib.nullcontext():
-        for model in (stock, patched):
-            assert accuracy(model, 8) < 0.7
-            learn(model, steps=150, batch=16, length=8, learning_rate=3e-3)
+    for model in (stock, patched):
+        assert accuracy(model, 8) < 0.7
+        learn(model, steps=80, batch=16, length=8, learning_rate=3e-3)
     assert accuracy(stock, 8) > 0.95
     assert abs(accuracy(patched, 8) - accuracy(stock, 8)) <= 0.01
 
@@ -196,9 +193,9 @@ def test_with_dropout_the_final_accuracy_through_the_kernels_is_stocks():
     stock = classifier(dropout=0.1, layers=1, heads=1)
     patched = copy.deepcopy(stock)
     ek.patch(patched, strict=True)
-    learn(stock, steps=24, batch=8, length=3, learning_rate=6e-3)
+    learn(stock, steps=20, batch=8, length=3, learning_rate=6e-3)
     with ek.use_backend("triton"):
-        learn(patched, steps=24, batch=8, length=3, learning_rate=6e-3)
+        learn(patched, steps=20, batch=8, length=3, learning_rate=6e-3)
     assert accuracy(stock, 3) > 0.95
     # On a CPU not through the kernels: 512 sentences take Triton's interpreter minutes.
     assert abs(accuracy(patched, 3) - accuracy(stock, 3)) <= 0.01

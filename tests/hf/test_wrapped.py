@@ -108,6 +108,17 @@ def test_a_copy_of_a_parametrised_table_is_patched_like_it(fused_calls):
     assert fused_calls == ["forward"]
 
 
+@pytest.fixture
+def accelerate_state():
+    """Accelerate sets its precision once in a process; a Trainer in another test may have done so."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerate_state")
 def test_a_forward_that_accelerate_wrapped_is_stock_after_unpatch(fused_calls):
     """Accelerate keeps the forward it found, the fused one, in the instance."""
     from accelerate import Accelerator
