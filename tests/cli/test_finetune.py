@@ -439,3 +439,13 @@ def test_a_process_that_dies_is_an_error_with_its_reason(tmp_path: Path, monkeyp
         assert caught.value.exit_code == 1
     assert "the reason" in caught.value.details
     assert str(tmp_path / "log") in caught.value.remedy
+
+
+def test_a_process_that_dies_before_it_reads_its_job_is_that_error_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_BOOT", "import os; os.close(0); os._exit(3)")
+    # More than a pipe holds: writing waits for the reader, and meets its end.
+    job = Settings("m" * 300_000, "t")
+    with pytest.raises(launch.WorkerError, match="ended with exit code 3"):
+        launch.run(job, tmp_path, patched=True, log=tmp_path / "log", on_event=lambda _: None)
