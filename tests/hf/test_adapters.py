@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import embedkernels as ek
-from embedkernels.hf import fused
+from embedkernels.hf import fused, state
 from embedkernels.hf.adapters import ADAPTERS
 from tests.contract import assert_within_contract
 from tests.hf.models import DECODERS, FUSED, MODELS, POSITIONS, TYPED, VOCAB, build, ids, on, padded, pair
@@ -369,6 +369,7 @@ def test_gpt2_refuses_a_stock_forward_that_it_does_not_know(monkeypatch):
     adapter = next(one for one in ADAPTERS if one.model == "GPT-2")
     monkeypatch.setattr(Other, "forward", fused._inline_forward(adapter, Other.forward))
     other = Other(build("gpt2").config)
+    other.__dict__[state.MARK] = state.Mark()
     with pytest.raises(RuntimeError, match=r"transformers .* embeddings=False"):
         other(ids())
 
