@@ -14,8 +14,8 @@ No atomics and a fixed order of every sum: two runs give the same bits. The pric
 7 products in place of 5: 14·P·D FLOPs per (batch row, head) with P visible pairs, against at least
 (8·Sq + 8·Sk·Hkv/H)·D·e bytes for elements of e bytes. At Sq = Sk = S, no mask and bf16: 0.44·S FLOPs per byte.
 
-delta is taken from out as it was stored, as in PyTorch's fused kernels. Where a softmax is all but one-hot, dP - delta
-cancels, and the rounding of a 16-bit out shows in dq and dk as it does in theirs.
+delta is taken from out as it was stored, as in PyTorch's fused kernels. Where a softmax is all but one-hot,
+dP - delta cancels, and the rounding of a 16-bit out shows in dq and dk as it does in theirs.
 
 Dropout's scale 1/(1-p) is left to the ends: dP stays unscaled, delta is multiplied by 1-p, and dq, dk and dv are
 scaled once.

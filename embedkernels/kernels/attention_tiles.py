@@ -103,7 +103,10 @@ _UNALIGNED = {
     2: Tiles(Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1, 255), Tile(16, 16, 8, 1, 255)),
     4: Tiles(Tile(16, 16, 4, 1, 255), Tile(16, 16, 4, 1, 255), Tile(16, 16, 4, 1, 255)),
 }
-_UNALIGNED_ON_AMD = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+_UNALIGNED_ON_AMD = {
+    2: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    4: Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
+}
 
 _forced: Tiles | None = None
 
@@ -136,7 +139,7 @@ def tiles_for(query: Tensor, dropout: bool) -> Tiles:
 
 def unaligned_tiles(name: str, element_size: int) -> Tiles:
     """The tiles of a family for head sizes that are no multiple of 16."""
-    return _UNALIGNED_ON_AMD if name == "gfx942" else _UNALIGNED[element_size]
+    return (_UNALIGNED_ON_AMD if name == "gfx942" else _UNALIGNED)[element_size]
 
 
 def shipped_tiles() -> Iterator[tuple[str, tuple[str, ...], int, bool, Tiles]]:
