@@ -94,7 +94,6 @@ _TABLE = {
 _WITHOUT_DROPOUT = {
     ("sm_80", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
     ("sm_100", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2, 255)),
-    ("gfx942", 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 2)),
 }
 
 # By bytes of an element, for head sizes that are no multiple of 16: Triton does not know their rows to be aligned and
