@@ -18,9 +18,11 @@ def checked_int(value: object, name: str, op: str) -> int:
 
 
 def checked_number(value: object, name: str, op: str) -> float:
-    """``value`` if it counts as a float, also a symbolic one."""
-    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    """``value`` if it counts as a float, also a symbolic one; text does not."""
+    if isinstance(value, (float, torch.SymInt, torch.SymFloat)):
         return value  # type: ignore[return-value]
+    if isinstance(value, (str, bytes, bytearray)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -12,7 +12,15 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embedkernels.ops import ids as id_errors
-from embedkernels.ops.arguments import checked_int, checked_number
+from embedkernels.ops.attention_checks import (
+    autocast_dtype,
+    check_dtypes,
+    check_heads,
+    check_masks,
+    check_shapes,
+    check_tensors,
+    checked_values,
+)
 from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.reference import attention as reference
 
@@ -20,10 +28,7 @@ HEAD_SIZES = (16, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels' offsets inside a tile are 32-bit: rows further apart than this are copied first.
 _LARGEST_ROW_STRIDE = 1 << 24
-# Positions are 32-bit in the kernels.
-_LARGEST_OFFSET = 1 << 30
-# In float32, products of the scale with log2(e) and with dropout's 1/(1 - p) must be finite, normal numbers.
-_LARGEST_SCALE = 2.0**100
+# In float32 a normal number.
 _SMALLEST_SCALE = 2.0**-126
 
 
@@ -87,10 +92,10 @@ def attention(
         >>> ek.attention(q, k, v, is_causal=True, key_lengths=torch.tensor([10, 7])).shape
         torch.Size([2, 4, 10, 16])
     """
-    _check_tensors(query, key, value)
-    _check_values(dropout_p, scale, query_offset)
+    check_tensors(query, key, value)
+    dropout_p, scale, query_offset = checked_values(dropout_p, scale, query_offset)
     masks = (key_mask, key_lengths, key_starts)
-    id_errors.begin(query.device)
+    id_errors.begin_without_ids(query.device)
     stock = needs_stock_autograd(query, key, value, attn_mask if isinstance(attn_mask, Tensor) else None)
     if attn_mask is not None:
         if any(mask is not None for mask in masks) or query_offset != 0:
@@ -102,28 +107,28 @@ def attention(
             raise RuntimeError(
                 "attention: backend 'triton' does not take attn_mask: use key_mask, or backend='torch'"
             )
-        choose("attention", query.device, backend)
+        choose("attention", query.device, backend)  # raises for a backend that cannot be had
         if query.shape[1] == 0:  # kills the process in torch 2.11
             raise ValueError(f"attention: query must have at least 1 head with attn_mask, got {tuple(query.shape)}")
-        with _implementations():
+        with _implementations(stock):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-    _check_shapes(query, key, value)
-    _check_masks(query, key, *masks)
-    _check_heads(query, key, enable_gqa)
-    _check_dtypes(query, key, value)
+    check_shapes(query, key, value)
+    check_masks(query, key, *masks)
+    check_heads(query, key, enable_gqa)
+    check_dtypes(query, key, value)
     if stock:
         check_stock_autograd("attention", query.device, backend)
     if stock or attention_backend(query, key, value, backend).backend == "torch":
-        with _implementations():
+        with _implementations(stock):
             return reference.sdpa(
                 query, key, value, dropout_p, is_causal, scale,
                 key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
             )  # fmt: skip
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (x.to(_autocast_dtype(x)) for x in (query, key, value))
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+        query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     # The kernels look for the highest score before they scale it: they need a scale above 0, and a normal number.
     if -_SMALLEST_SCALE < scale < _SMALLEST_SCALE:
         query, scale = query * scale, 1.0
@@ -142,14 +147,15 @@ def attention(
     # Causal order that hides nothing costs masks for nothing.
     is_causal = is_causal and query_offset < key.shape[2] - 1
     out: Tensor = torch.ops.embedkernels.attention_forward(
-        query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, float(dropout_p)
+        query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, dropout_p
     )[0]
     return out
 
 
-def _implementations() -> contextlib.AbstractContextManager[None]:
+def _implementations(stock: bool) -> contextlib.AbstractContextManager[None]:
     """SDPA's fused implementations have no forward-mode derivative, and it chooses them all the same."""
-    return sdpa_kernel(SDPBackend.MATH) if forward_ad._current_level >= 0 else contextlib.nullcontext()
+    tangents = stock and forward_ad._current_level >= 0
+    return sdpa_kernel(SDPBackend.MATH) if tangents else contextlib.nullcontext()
 
 
 def attention_backend(query: Tensor, key: Tensor, value: Tensor, backend: Backend | None = None) -> Choice:
@@ -185,17 +191,21 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"head size {head_size} is not in {low} to {high}"
     if value.shape[3] != head_size:
         return f"value has head size {value.shape[3]}, query {head_size}"
-    dtype = _autocast_dtype(query)
+    dtype = autocast_dtype(query)
     if dtype not in DTYPES:
         return f"{dtype} is not float32, bfloat16 or float16"
     batch, heads, num_queries, _ = query.shape
     if batch * heads * (max(num_queries, key.shape[2]) // 16 + 1) >= 1 << 31:
         return f"{batch} x {heads} heads of {max(num_queries, key.shape[2])} rows are more programs than a launch has"
-    if query.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < (8, 0):
-            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return None
+    return _too_old(query.device) if query.device.type == "cuda" and torch.version.hip is None else None
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str | None:
+    if (device.index or 0) >= torch.cuda.device_count():  # fake tensors claim devices that are not there
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
 _warned: set[str] = set()
@@ -205,100 +215,6 @@ def _warn_once(problem: str) -> None:
     if not torch.compiler.is_compiling() and problem not in _warned:
         _warned.add(problem)
         warnings.warn(f"attention runs on scaled_dot_product_attention: {problem}", stacklevel=4)
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"attention: {name} must be a Tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"attention: {name} must be 4-D (B, H, S, D), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"attention: {name} must be floating point, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"attention: query is on {query.device}, {name} is on {x.device}")
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
-        raise ValueError(
-            f"attention: key must have the batch and head size of query, (B, Hkv, Sk, D) = "
-            f"({query.shape[0]}, Hkv, Sk, {query.shape[3]}), got {tuple(key.shape)}"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"attention: value must have the batch, heads and length of key, {tuple(key.shape[:3])}, "
-            f"got shape {tuple(value.shape)}"
-        )
-
-
-def _check_values(dropout_p: float, scale: float | None, query_offset: int) -> None:
-    if not 0.0 <= checked_number(dropout_p, "dropout_p", "attention") <= 1.0:
-        raise ValueError(f"attention: dropout_p must be in [0, 1], got {dropout_p}")
-    if scale is not None and not -_LARGEST_SCALE <= checked_number(scale, "scale", "attention") <= _LARGEST_SCALE:
-        raise ValueError(f"attention: scale must be between -2**100 and 2**100, got {scale}")
-    if not -_LARGEST_OFFSET < checked_int(query_offset, "query_offset", "attention") < _LARGEST_OFFSET:
-        raise ValueError(f"attention: query_offset must be between -2**30 and 2**30, got {query_offset}")
-
-
-def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
-    heads, heads_kv = query.shape[1], key.shape[1]
-    if heads == heads_kv:
-        return
-    if not enable_gqa:
-        raise ValueError(
-            f"attention: query has {heads} heads, key and value have {heads_kv}: "
-            "pass enable_gqa=True for grouped query attention"
-        )
-    if heads == 0 or heads_kv == 0 or heads % heads_kv != 0:
-        raise ValueError(
-            f"attention: the heads of query must be a positive multiple of those of key, got {heads} and {heads_kv}"
-        )
-
-
-def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """One dtype for all three, once autocast has cast what it casts."""
-    used = [_autocast_dtype(x) for x in (query, key, value)]
-    if used[0] == used[1] == used[2]:
-        return
-    given = f"{query.dtype}, {key.dtype} and {value.dtype}"
-    if torch.is_autocast_enabled(query.device.type):
-        given += f", which autocast makes {used[0]}, {used[1]} and {used[2]}"
-    raise TypeError(f"attention: query, key and value must have one dtype, got {given}")
-
-
-def _check_masks(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, key_starts: Tensor | None
-) -> None:
-    batch, num_keys = query.shape[0], key.shape[2]
-    if key_mask is not None:
-        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-            got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-            raise TypeError(f"attention: key_mask must be a bool Tensor, True for keys that count; got {got}")
-        if key_mask.shape not in ((batch, num_keys), (1, num_keys)):
-            raise ValueError(
-                f"attention: key_mask must have shape ({batch}, {num_keys}) or (1, {num_keys}), "
-                f"got {tuple(key_mask.shape)}"
-            )
-    for name, x in (("key_lengths", key_lengths), ("key_starts", key_starts)):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"attention: {name} must be an int32 or int64 Tensor, got {got}")
-        if x.shape != (batch,):
-            raise ValueError(f"attention: {name} must have shape ({batch},), got {tuple(x.shape)}")
-    for name, x in (("key_mask", key_mask), ("key_lengths", key_lengths), ("key_starts", key_starts)):
-        if x is not None and x.device != query.device:
-            raise ValueError(f"attention: query is on {query.device}, {name} is on {x.device}")
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast, if it is on, runs an op on ``x``; as SDPA, it leaves float64 alone."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")

@@ -95,7 +95,7 @@ def embed(
         >>> ek.embed(ids, words, position_weight=positions, norm="layer").shape
         torch.Size([2, 5, 8])
     """
-    check_call(
+    position_start, norm_eps, dropout_p = check_call(
         ids, weight, position_weight, position_ids, position_start, type_weight, type_ids, norm, norm_weight,
         norm_bias, norm_eps, dropout_p,
     )  # fmt: skip

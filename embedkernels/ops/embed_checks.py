@@ -24,19 +24,21 @@ def check_call(
     ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
     type_weight: Tensor | None, type_ids: Tensor | None, norm: str | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, norm_eps: float, dropout_p: float,
-) -> None:  # fmt: skip
-    """The arguments of the public function."""
+) -> tuple[int, float, float]:  # fmt: skip
+    """The arguments of the public function. Returns position_start, norm_eps and dropout_p, as numbers."""
     _check_tables(ids, weight, position_weight, type_weight)
     _check_more_ids("position_ids", position_ids, ids, "position_weight", position_weight)
     _check_more_ids("type_ids", type_ids, ids, "type_weight", type_weight)
-    _check_start(position_weight, position_ids, checked_int(position_start, "position_start", "embed"))
+    position_start = checked_int(position_start, "position_start", "embed")
+    _check_start(position_weight, position_ids, position_start)
     check_implicit_ids(ids, position_weight, position_ids, position_start, type_weight, type_ids)
     if norm not in (None, "layer"):
         raise ValueError(f"embed: norm must be None or 'layer', got {norm!r}")
     check_norm_parameters(norm is not None, norm_weight, norm_bias, weight)
-    if not 0.0 <= checked_number(norm_eps, "norm_eps", "embed") < math.inf:
+    norm_eps = checked_number(norm_eps, "norm_eps", "embed")
+    if not 0.0 <= norm_eps < math.inf:
         raise ValueError(f"embed: norm_eps must be finite and not negative, got {norm_eps}")
-    check_dropout(dropout_p)
+    return position_start, norm_eps, checked_dropout(dropout_p)
 
 
 def check_implicit_ids(
@@ -75,9 +77,12 @@ def check_norm_parameters(norm: bool, norm_weight: Tensor | None, norm_bias: Ten
         )
 
 
-def check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= checked_number(dropout_p, "dropout_p", "embed") <= 1.0:
+def checked_dropout(dropout_p: float) -> float:
+    """``dropout_p`` as a number."""
+    dropout_p = checked_number(dropout_p, "dropout_p", "embed")
+    if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"embed: dropout_p must be in [0, 1], got {dropout_p}")
+    return dropout_p
 
 
 def kernel_inputs(
@@ -110,8 +115,7 @@ def kernel_inputs(
 
 def check_seed(dropout_p: float, seed: Tensor | None, weight: Tensor) -> None:
     """The kernels read one int64 where there is dropout."""
-    check_dropout(dropout_p)
-    if dropout_p == 0.0:
+    if checked_dropout(dropout_p) == 0.0:
         return
     if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
         got = "None" if seed is None else f"{seed.dtype} {tuple(seed.shape)}"

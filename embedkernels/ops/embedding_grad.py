@@ -102,7 +102,7 @@ def embedding_plan(
     """
     op = "embedding_plan"
     check_ids_tensor(ids, op)
-    id_errors.begin(ids.device)
+    id_errors.begin_without_ids(ids.device)
     num_embeddings = checked_int(num_embeddings, "num_embeddings", op)
     vocab_start = checked_int(vocab_start, "vocab_start", op)
     if not 0 <= num_embeddings < _LIMIT:
@@ -141,7 +141,7 @@ def embedding_grad(grad_rows: Tensor, plan: EmbeddingPlan, *, backend: Backend |
     op = "embedding_grad"
     n = plan.order.numel()
     _check_grad_rows(grad_rows, n, plan.order.device, op)
-    id_errors.begin(grad_rows.device)
+    id_errors.begin_without_ids(grad_rows.device)
     parts = (plan.order, plan.segment_ids, plan.segment_offsets, plan.count)
     if needs_stock_autograd(grad_rows):
         check_stock_autograd(op, grad_rows.device, backend)
@@ -283,7 +283,7 @@ def _grad_fake(
 
 
 def _grad_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    grad_rows, *plan, ctx.num_rows, _ = inputs
+    grad_rows, *plan, _, _ = inputs
     ctx.shape = grad_rows.shape
     ctx.save_for_backward(*plan)
 

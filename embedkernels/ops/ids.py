@@ -61,7 +61,10 @@ def _plain_tensors() -> Iterator[None]:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def error_state(device: torch.device) -> ErrorState:
@@ -82,24 +85,34 @@ def error_state(device: torch.device) -> ErrorState:
         if device not in _states:
             _states[device] = ErrorState(
                 torch.zeros(1, dtype=torch.int32, device=device),
-                torch.zeros(RECORD_FIELDS, dtype=torch.int64, pin_memory=device.type == "cuda"),
+                torch.zeros(RECORD_FIELDS, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"),
             )
+            _settle(device)
         return _states[device]
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until the flag has its value: kernels on other streams than the one that wrote it will read it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 @torch.compiler.assume_constant_result
 def _prepare(device: torch.device) -> None:
-    if device not in _states and torch.cuda.is_available():  # fake tensors claim devices that are not there
+    # Fake tensors claim devices that are not there.
+    if device not in _states and (device.index or 0) < torch.cuda.device_count():
         error_state(device)
 
 
 def begin(device: torch.device) -> None:
-    """Called by every public op: raise what is pending, and on a GPU have the record ready before anything runs.
-
-    A compiled graph raises in the ops that it calls.
-    """
+    """Called by every public op that looks ids up: :func:`begin_without_ids`, and on a GPU have the record ready."""
     if device.type == "cuda":
         _prepare(device)
+    begin_without_ids(device)
+
+
+def begin_without_ids(device: torch.device) -> None:
+    """Called by every public op: raise what is pending. A compiled graph raises in the ops that it calls."""
     if not torch.compiler.is_compiling():
         raise_pending(device)
 
@@ -113,7 +126,9 @@ def message(table: str, value: int, position: int, rows: int, op: str) -> str:
 
 
 def check_ids(ids: Tensor, rows: int, table: str, op: str) -> None:
-    """Raise IndexError if any of ``ids`` is outside [0, rows). Reads the ids: for CPU tensors.
+    """Raise IndexError if any of ``ids`` is outside [0, rows). Reads the ids: on a GPU a sync.
+
+    Ids that have no values to read (meta and fake tensors, subclasses, what a CUDA graph captures) are not checked.
 
     Args:
         ids: integer tensor of any shape.
@@ -121,14 +136,21 @@ def check_ids(ids: Tensor, rows: int, table: str, op: str) -> None:
         table: ``"token"``, ``"position"`` or ``"token type"``, for the message.
         op: the op's name, for the message.
     """
-    if ids.numel() == 0:
+    if ids.numel() == 0 or not _has_values(ids):
         return
-    low, high = torch.aminmax(ids)
-    if int(low) >= 0 and int(high) < rows:
-        return
-    flat = ids.reshape(-1)
-    position = int(((flat < 0) | (flat >= rows)).int().argmax())
-    raise IndexError(message(table, int(flat[position]), position, rows, op))
+    with _disable_current_modes():  # a tracer must not see that the ids are read
+        low, high = torch.aminmax(ids)
+        if int(low) >= 0 and int(high) < rows:
+            return
+        flat = ids.reshape(-1)
+        position = int(((flat < 0) | (flat >= rows)).int().argmax())
+        raise IndexError(message(table, int(flat[position]), position, rows, op))
+
+
+def _has_values(ids: Tensor) -> bool:
+    return (
+        type(ids) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not ids.is_meta and not _capturing(ids.device)
+    )
 
 
 def raise_pending(device: torch.device) -> None:
@@ -145,6 +167,7 @@ def raise_pending(device: torch.device) -> None:
         found, table, value, position, rows, op = state.record.tolist()
         state.record.zero_()
         state.flag.zero_()
+        _settle(device)
     if found:  # else another thread has raised it
         raise IndexError(message(TABLES[table], value, position, rows, OPS[op]))
 

@@ -38,6 +38,7 @@ BAD = [
     ((Q, K, V), {"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1], got 1.5"),
     ((Q[:, :0], K, V), {"enable_gqa": True}, ValueError, "must be a positive multiple of those of key, got 0 and 4"),
     ((Q[:, :0], K, V), {"attn_mask": PAIRS}, ValueError, "must have at least 1 head with attn_mask"),
+    ((Q, K, V), {"dropout_p": "0.5"}, TypeError, "dropout_p must be a number, got str"),
     ((Q, K, V), {"dropout_p": "half"}, TypeError, "dropout_p must be a number, got str"),
     ((Q, K, V), {"scale": float("nan")}, ValueError, "scale must be between -2**100 and 2**100, got nan"),
     ((Q, K, V), {"scale": 3e38}, ValueError, "scale must be between -2**100 and 2**100, got 3e+38"),

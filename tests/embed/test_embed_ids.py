@@ -259,6 +259,8 @@ ELSEWHERE = torch.device("meta")
         ({"type_weight": WEIGHT[:0]}, IndexError, "type_ids is None, .* but type_weight has 0 rows"),
         ({"type_weight": WEIGHT[:0], "backend": "triton"}, IndexError, "but type_weight has 0 rows"),
         ({"position_weight": WEIGHT[:2], "backend": "triton"}, IndexError, "but position_weight has 2 rows"),
+        ({"dropout_p": "0.5"}, TypeError, "dropout_p must be a number, got str"),
+        ({"norm": "layer", "norm_eps": "1e-5"}, TypeError, "norm_eps must be a number, got str"),
         ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
         ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
         ({"padding_idx": 5}, ValueError, "padding_idx 5 is out of range for a table of 5 rows"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import embedkernels as ek
@@ -162,6 +164,36 @@ def test_under_a_transform_a_bad_id_is_still_an_index_error(op: str, device: tor
         torch.func.grad(lambda w: function(ids, w).sum())(weight)
     with pytest.raises(IndexError, match=text):
         torch.func.vmap(lambda i: function(i, weight))(ids)
+
+
+@pytest.mark.parametrize("op", ["embedding", "embed"])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_under_a_transform_ids_can_be_traced(mode: str, op: str, device: torch.device) -> None:
+    """Neither does the graph hold the check of the traced ids, nor does tracing wait for their values."""
+    function = getattr(ek, op)
+    gradient = torch.func.grad(lambda w, ids: function(ids, w).square().sum())
+    weight, ids = torch.randn(10, 4, device=device), torch.tensor([1, 9], device=device)
+    traced = make_fx(gradient, tracing_mode=mode)(weight, ids)
+    torch.testing.assert_close(traced(weight, ids.flip(0)), gradient(weight, ids.flip(0)))
+    assert "aminmax" not in traced.code
+
+
+@pytest.mark.parametrize("op", ["embedding", "embed"])
+def test_under_a_transform_ids_may_have_no_values(op: str) -> None:
+    function = getattr(ek, op)
+    weight, ids = torch.randn(10, 4, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    assert torch.func.grad(lambda w: function(ids, w).sum())(weight).shape == (10, 4)
+    with FakeTensorMode():
+        weight, ids = torch.randn(10, 4), torch.zeros(2, dtype=torch.int64)
+        assert torch.func.grad(lambda w: function(ids, w).sum())(weight).shape == (10, 4)
+
+
+def test_attention_without_tangents_keeps_its_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other tensors of a dual level have tangents."""
+    monkeypatch.setattr("embedkernels.ops.attention.sdpa_kernel", lambda *_: pytest.fail("chose an implementation"))
+    x = torch.randn(1, 2, 3, 16)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(ek.attention(x, x, x), F.scaled_dot_product_attention(x, x, x))
 
 
 def test_needs_stock_autograd() -> None:

@@ -110,6 +110,41 @@ def test_the_record_is_real_where_tensors_are_fake(device: torch.device) -> None
         id_errors.raise_pending(device)
 
 
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_the_record_is_host_memory_whatever_the_default_device(default: str, device: torch.device) -> None:
+    with torch.device(default):
+        state = id_errors.error_state(device)
+    assert state.record.device.type == "cpu"
+    assert not state.pending
+    lookup(44, device)
+    with pytest.raises(IndexError, match="token id 44"):
+        ek.check_errors()
+
+
+def test_a_fake_device_that_is_not_there_gets_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    made: list[torch.device] = []
+    monkeypatch.setattr(id_errors, "error_state", made.append)
+    for index in (0, 1):
+        id_errors.begin(torch.device("cuda", index))
+    assert made == [torch.device("cuda", 0)]
+
+
+def test_ops_without_ids_need_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be the first call of a process, inside the capture of a CUDA graph."""
+    monkeypatch.setattr(id_errors, "_prepare", lambda device: pytest.fail(f"made a record on {device}"))
+    monkeypatch.setattr("embedkernels.ops.embedding_grad._plan", lambda *_: "a plan")  # fake tensors cannot make one
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(1, 1, 2, 16)
+        assert ek.attention(x, x, x).device.type == "cuda"
+        ids = torch.empty(3, dtype=torch.int32)
+        assert ek.embedding_plan(ids, 5, backend="torch") == "a plan"
+        plan = EmbeddingPlan(ids, ids, torch.empty(4, dtype=torch.int32), torch.empty(1, dtype=torch.int32), 5)
+        assert ek.embedding_grad(torch.empty(3, 2), plan).shape == (5, 2)
+
+
 def test_a_first_call_inside_a_capture_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(id_errors, "_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="run the op once before the capture"):
