@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from embedkernels.cli import sources
@@ -55,7 +56,7 @@ def load(settings: Settings) -> Data:
 
     Raises:
         UsageError: files, columns or rows that the task cannot use; the message names the argument and the row.
-        CliError: a file that cannot be read.
+        CliError: a package that a file's format needs is missing.
     """
     notices: list[str] = []
     wanted = settings.columns
@@ -73,7 +74,7 @@ def load(settings: Settings) -> Data:
         eval_table = sources.load(evaluation_source, "--eval", wanted)
         evaluation = _examples(eval_table, settings, notices)
         evaluation_name = eval_table.name
-        if settings.evaluation is not None and sources.same(settings.train, settings.evaluation):
+        if settings.evaluation is not None and sources.same(table, eval_table):
             notices.append("--eval is the same as --train: its figures say nothing of texts not seen in training")
         if settings.evaluation is None:
             notices.append(f"no --eval: evaluating on {eval_table.name}")
@@ -142,7 +143,7 @@ def _decoded(value: Any, option: str, table: Table, row: int) -> Any:
 
 def _text_of(value: Any, table: Table, row: int) -> str:
     value = _decoded(value, "--text", table, row)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
         raise UsageError(
             f"--text: {table.where(row)}: expected a text, got {_named(value)}",
             "Lists of words belong to --task token-classification." if isinstance(value, list) else "",
@@ -151,7 +152,8 @@ def _text_of(value: Any, table: Table, row: int) -> str:
 
 
 def _named(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _label_of(value: Any, table: Table, row: int) -> str:

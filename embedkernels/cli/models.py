@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +63,10 @@ def load_tokenizer(settings: Settings) -> Any:
     return tokenizer
 
 
+# Vocabularies that transformers converts when it loads them, and no class names: tekken.json, spm.model ...
+_VOCABULARY = re.compile(r"^tekken.*\.json$|\.(model|tiktoken)$")
+
+
 def _check_vocabulary(tokenizer: Any, argument: str, name: str) -> None:
     """UsageError for a tokenizer without words: where its files are missing, transformers makes up such a one."""
     files = set(getattr(type(tokenizer), "vocab_files_names", {}).values())
@@ -70,7 +75,7 @@ def _check_vocabulary(tokenizer: Any, argument: str, name: str) -> None:
     # Tokenizers of bytes and characters have no files.
     if files and os.path.isdir(directory):
         known = sorted({*files, "tokenizer.json"})
-        if not any(os.path.isfile(os.path.join(directory, file)) for file in known):
+        if not any(file in known or _VOCABULARY.search(file) for file in os.listdir(directory)):
             raise UsageError(f"{argument}: directory {name} holds no tokenizer (none of {listed(known)})", remedy)
     if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         raise UsageError(f"{argument}: the tokenizer of {name} knows no words, only special tokens", remedy)

@@ -44,7 +44,8 @@ def claimed(output: Path, *, overwrite: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as cleanup:
         try:
             if os.path.lexists(output) and not os.path.isdir(output):
-                raise UsageError(f"--output: {output} is a file", "Name a directory.")
+                what = "a file" if os.path.exists(output) else "a link to something that is not there"
+                raise UsageError(f"--output: {output} is {what}", "Name a directory.")
             _make(output, cleanup)
             cleanup.enter_context(lock(output / LOCK))
             _check_free(output, overwrite=overwrite)

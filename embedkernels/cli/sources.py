@@ -43,10 +43,12 @@ def load(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
     return _dataset(source, argument, wanted)
 
 
-def same(one: str, other: str) -> bool:
-    """Whether two sources are the same file or have the same name."""
-    files = [os.path.expanduser(source) for source in (one, other)]
-    return os.path.samefile(*files) if all(map(os.path.isfile, files)) else one == other
+def same(one: Table, other: Table) -> bool:
+    """Whether two tables are of the same file, or of the same split of the same data set."""
+    paths = [os.path.expanduser(table.name) for table in (one, other)]
+    if all(map(os.path.isfile, paths)):
+        return os.path.samefile(*paths)
+    return os.path.realpath(paths[0]) == os.path.realpath(paths[1])
 
 
 def evaluation_split(source: str) -> str | None:
@@ -128,7 +130,7 @@ def _dataset(source: str, argument: str, wanted: Mapping[str, str]) -> Table:
                 f"{argument}: data set {name!r} has no {what}",
                 f"Splits there: {listed(found)}. Name one: {name}:{next(iter(found))}.",
             )
-        found, name = found[chosen], f"{name}:{chosen}"
+        found, name = found[chosen], ":".join(filter(None, (name, config, chosen)))
     elif split is not None:
         raise UsageError(f"{argument}: data set {name!r} has no splits", "Leave the split out.")
     for option, column in wanted.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,19 @@ def test_a_date_is_no_text(tmp_path: Path) -> None:
         load(path)
 
 
+def test_numbers_and_decimals_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [Decimal("1.50"), Decimal("2.25")]
+    parquet.write_table(pyarrow.table({"text": texts, "label": ["a", "b"]}), path)
+    assert [one.text for one in load(path, evaluation=str(path)).train] == ["1.50", "2.25"]
+
+
+def test_what_was_got_has_its_article(tmp_path: Path) -> None:
+    path = as_json(tmp_path / "a.json", {"tokens": 3, "tags": "a"})
+    with pytest.raises(UsageError, match="expected a list of words, got an int"):
+        load(path, task="token-classification")
+
+
 @pytest.mark.parametrize("source", ["x" * 300, "x" * 300 + ".csv", "./" + "x" * 300, "x" * 300 + ":train"])
 def test_a_name_too_long_for_a_file_is_not_there(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
@@ -235,6 +249,32 @@ def test_a_data_set_brings_its_splits_and_names(saved: Path) -> None:
     assert f"no --eval: evaluating on {saved}:validation" in data.notices
     tags = examples.load(Settings(model="none", train=str(saved), task="token-classification"))
     assert tags.train[1] == Example(["b", "c"], ["B-X", "O"])
+
+
+def test_the_split_that_was_taken_decides_whether_evaluation_is_on_the_training_rows(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    sources_and_expected = {
+        (f"{saved}", f"{saved}"): False,  # its splits train and validation
+        (f"{saved}", f"{saved}:validation"): False,
+        (f"{saved}", f"{saved}:train"): True,
+        (f"{saved}:validation", f"{saved}"): True,
+        ("./saved:train", f"{saved}:train"): True,
+    }
+    for (train, evaluation), expected in sources_and_expected.items():
+        notices = examples.load(Settings(model="none", train=train, evaluation=evaluation)).notices
+        assert any("--eval is the same as --train" in text for text in notices) == expected, (train, evaluation)
+
+
+def test_a_configuration_belongs_to_the_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(sources, "_open", lambda *_: datasets.load_from_disk(str(saved)))
+    one, other = (sources.load(f"glue:{c}:train", "--train", {"--text": "text"}) for c in ("cola", "sst2"))
+    assert one.name == "glue:cola:train"
+    assert sources.same(one, one)
+    assert not sources.same(one, other)
 
 
 def test_a_data_set_without_the_column_lists_those_it_has(saved: Path) -> None:

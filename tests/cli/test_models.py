@@ -88,6 +88,17 @@ def test_a_models_faulty_files_are_named(
     assert "weights_only" not in f"{caught.value.message} {caught.value.remedy}"
 
 
+@pytest.mark.parametrize("file", ["tekken.json", "spm.model", "tiktoken.model", "qwen.tiktoken"])
+def test_a_vocabulary_in_another_format_is_one(file: str, bert: Path, tmp_path: Path) -> None:
+    """transformers has converted it, by the time that its file is looked for."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    (tmp_path / file).write_text("")
+    models._check_vocabulary(tokenizer, "--model", str(tmp_path))
+    (tmp_path / file).rename(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match="holds no tokenizer"):
+        models._check_vocabulary(tokenizer, "--model", str(tmp_path))
+
+
 def test_tokenizers_of_bytes_need_no_files(tmp_path: Path) -> None:
     transformers.ByT5Tokenizer().save_pretrained(tmp_path)
     without(tmp_path, *(one.name for one in tmp_path.iterdir() if one.name != "tokenizer_config.json"))

@@ -89,6 +89,12 @@ def test_an_output_that_cannot_be_written_is_a_usage_error(output: str) -> None:
     assert caught.value.remedy
 
 
+def test_a_link_that_leads_nowhere_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match="out is a link to something that is not there"):
+        results.claimed(tmp_path / "out", overwrite=False).__enter__()
+
+
 PARENT = """
 import sys
 from pathlib import Path
