@@ -22,15 +22,19 @@ from embedkernels.ops.backend import choose
 
 @dataclass
 class _Step:
-    """What to do with one module: its entry in the report, whether to change it, and the models around it.
+    """What to do with one module.
 
-    ``around`` are models that share the configuration of a patched one that they contain.
+    Attributes:
+        entry: its entry in the report.
+        module: the module.
+        change: whether to change it.
+        notable: whether to warn that it is left alone, though other modules are patched.
     """
 
     entry: Entry
     module: nn.Module
     change: bool
-    around: tuple[nn.Module, ...] = ()
+    notable: bool = False
 
 
 def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, strict: bool = False) -> PatchReport:
@@ -69,8 +73,8 @@ def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, 
         if strict:
             raise ValueError(message)
         warnings.warn(f"embedkernels: {message}", UserWarning, stacklevel=2)
-    elif subclasses := [step.entry for step in steps if step.entry.reason.startswith(_SUBCLASS)]:
-        warnings.warn(f"embedkernels: left alone in {_reasons(model, subclasses)}", UserWarning, stacklevel=2)
+    elif notable := [step.entry for step in steps if step.notable]:
+        warnings.warn(f"embedkernels: left alone in {_reasons(model, notable)}", UserWarning, stacklevel=2)
     for step in steps:
         _apply(model, step)
     return PatchReport(type(model).__name__, tuple(step.entry for step in steps))
@@ -142,15 +146,15 @@ def _reasons(model: nn.Module, entries: list[Entry]) -> str:
 
 def _apply(model: nn.Module, step: _Step) -> None:
     module = step.module
-    if step.change and step.entry.part == "embeddings":
+    if step.entry.part == "attention":
+        # A patched one too: what is around it may not know, or it may hold a view that belongs to another model.
+        if step.entry.status != "left alone" and isinstance(module, PreTrainedModel):
+            config.set_attention(model, module, hf_attention.NAME)
+    elif step.change:
         module.__dict__[MARK] = Mark()
         # A wrapper's class that was made from a fused one already has the fused forward.
         if not fused.has_fused_class(module):
             module.__class__ = fused.fused_class(type(module))
-    elif step.change:
-        config.set_attention(model, config.stock_of(module.config), hf_attention.NAME)
-    for wrapper in step.around:
-        config.share(wrapper, module.config)
 
 
 def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step]:
@@ -158,9 +162,6 @@ def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step
         yield from _plan_embeddings(model)
     if attention:
         yield from _plan_attention(model)
-
-
-_SUBCLASS = "a subclass of "
 
 
 def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
@@ -171,7 +172,8 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
             base = base_adapter(type(module))
             if base is not None:
                 covered.update(id(module._modules.get(table)) for table in base.tables)
-                yield _left_alone(path, module, f"{_SUBCLASS}{base.cls}, which may compute something else")
+                derived = f"a subclass of {base.cls}, which may compute something else"
+                yield _left_alone(path, module, derived, notable=True)
             continue
         if adapter.recipe == "lookup":
             tokens = module._modules.get(adapter.tokens)
@@ -186,9 +188,9 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
             yield _left_alone(path, module, "no adapter looks it up")
 
 
-def _left_alone(path: str, module: nn.Module, reason: str) -> _Step:
+def _left_alone(path: str, module: nn.Module, reason: str, notable: bool = False) -> _Step:
     name = type(module).__name__
-    return _Step(Entry(path, "embeddings", name, name, "left alone", reason), module, False)
+    return _Step(Entry(path, "embeddings", name, name, "left alone", reason), module, False, notable)
 
 
 def _plan_lookup(path: str, parent: nn.Module, adapter: Adapter, tokens: nn.Module | None) -> _Step:
@@ -227,41 +229,43 @@ def _embedding_step(path: str, module: nn.Module, adapter: Adapter, never: str |
 
 
 def _plan_attention(model: nn.Module) -> Iterator[_Step]:
-    by_config: dict[int, list[tuple[str, PreTrainedModel]]] = {}
+    by_config: dict[int, dict[str, PreTrainedModel]] = {}
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            # Models share a configuration or a view of it; of those that are patched and those that are not, each
-            # are a group.
-            key = id(config.stock_of(module.config))
-            by_config.setdefault(-key if config.is_patched(module.config) else key, []).append((path, module))
-    for key, group in by_config.items():
-        if key < 0:
-            patched = [path for path, _ in group]
-            others = by_config.get(-key, [])
-            yield _attention_step(*_innermost(group), tuple(m for path, m in others if _around(path, patched)))
-            continue
-        patched = [path for path, _ in by_config.get(-key, [])]
-        rest = [(path, module) for path, module in group if not _around(path, patched)]
-        if rest:
-            yield _attention_step(*_innermost(rest))
+            by_config.setdefault(id(config.stock_of(module.config)), {})[path] = module
+    for models in by_config.values():
+        for path in _concerned(models):
+            yield _attention_step(path, models[path])
 
 
-def _innermost(group: list[tuple[str, PreTrainedModel]]) -> tuple[str, PreTrainedModel]:
-    """The innermost model of a known family: a model around it may hold others with their own attention."""
-    return next((one for one in reversed(group) if family_of(one[1]) is not None), group[0])
+def _concerned(models: dict[str, PreTrainedModel]) -> list[str]:
+    """Of models that share a configuration, those to patch or to report as left alone.
+
+    They are the innermost of known families: a model around one may hold others with their own attention. Of models
+    that are neither around one of these nor in it, they are the outermost.
+    """
+    known = [path for path in models if family_of(models[path]) is not None]
+    chosen = [path for path in known if not any(_within(other, path) for other in known)]
+    rest = [
+        path for path in models if not any(path == one or _within(path, one) or _within(one, path) for one in chosen)
+    ]
+    outermost = [path for path in rest if not any(_within(path, other) for other in rest)]
+    return [path for path in models if path in chosen or path in outermost]
 
 
-def _around(path: str, others: list[str]) -> bool:
-    """Whether the module of this path contains one of the others."""
-    return any(other.startswith(f"{path}." if path else "") and other != path for other in others)
+def _within(path: str, outer: str) -> bool:
+    """Whether the module of the first path is in that of the second, and is another."""
+    return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
-def _attention_step(path: str, module: PreTrainedModel, around: tuple[nn.Module, ...] = ()) -> _Step:
-    current = str(module.config._attn_implementation)
-    if current == hf_attention.NAME:
+def _attention_step(path: str, module: PreTrainedModel) -> _Step:
+    others = [name for name in config.implementations(module) if name != hf_attention.NAME]
+    if not others:
         was = str(config.stock_of(module.config)._attn_implementation)
-        entry = Entry(path, "attention", was, current, "already", "", (_choice("attention", module),))
-        return _Step(entry, module, False, around)
+        ops = (_choice("attention", module),)
+        return _Step(Entry(path, "attention", was, hf_attention.NAME, "already", "", ops), module, False)
+    # Should layers read another configuration than the model, the one that cannot be patched decides.
+    current = next((name for name in others if name != "sdpa"), "sdpa")
     reason = None
     if family_of(module) is None:
         reason = f"no adapter for {type(module).__name__}"

@@ -246,3 +246,186 @@ def test_an_encoder_and_a_decoder_in_one_model():
     assert not hf_config.is_view(model.config)
     assert model.config.encoder is model.encoder.config
     assert not any(fused.is_fused(module) for module in model.modules())
+
+
+def implementations(model):
+    """Every attention implementation that a module of the model reads."""
+    return {config._attn_implementation for _, _, config in hf_config._held(model.modules())}
+
+
+def test_unpatching_a_model_that_was_given_the_view_leaves_the_patched_one_patched():
+    model = build("bert")
+    ek.patch(model)
+    made = type(model)(model.config)
+    ek.unpatch(made)
+    assert implementations(made) == {"sdpa"}
+    assert implementations(model) == {"embedkernels"}
+    ek.unpatch(model)
+    assert made.config is model.config
+
+
+def test_a_patched_model_that_was_given_a_view_keeps_its_own():
+    model = build("bert")
+    ek.patch(model)
+    made = type(model)(model.config)
+    ek.patch(made)
+    ek.unpatch(model)
+    assert (implementations(model), implementations(made)) == ({"sdpa"}, {"embedkernels"})
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_knows_which_model_its_views_are_of(how):
+    model = transformers.BertForSequenceClassification(build("bert").config)
+    ek.patch(model)
+    made = how(model)
+    other = type(model)(made.config)
+    ek.unpatch(other)
+    assert implementations(made) == {"embedkernels"}
+    ek.unpatch(made.bert)
+    assert made.config._attn_implementation == "sdpa"
+    assert implementations(model) == {"embedkernels"}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_models_of_one_configuration_that_were_patched_at_once_are_unpatched_alone(index):
+    both = nn.ModuleList(twins())
+    statuses = [(e.path, e.status) for e in ek.patch(both).entries if e.part == "attention"]
+    assert statuses == [("0", "patched"), ("1", "patched")]
+    ek.unpatch(both[index])
+    assert implementations(both[index]) == {"sdpa"}
+    assert implementations(both[1 - index]) == {"embedkernels"}
+    ek.unpatch(both)
+    assert both[0].config is both[1].config
+
+
+def test_a_model_without_a_row_beside_a_patched_one_is_left_alone():
+    class Own(transformers.PreTrainedModel):
+        config_class = transformers.BertConfig
+        _supports_sdpa = True
+
+    model = build("bert")
+    both = nn.ModuleList([model, Own(model.config)])
+    entries = {e.path: e.status for e in ek.patch(both).entries if e.part == "attention"}
+    assert entries == {"0": "patched", "1": "left alone"}
+    assert (both[0].config._attn_implementation, both[1].config._attn_implementation) == ("embedkernels", "sdpa")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_configuration_set_after_patching_is_kept_and_no_view_stays(again):
+    model = build("bert")
+    stock, other = model.config, copy.deepcopy(model.config)
+    ek.patch(model)
+    model.config = other
+    if again:
+        assert [e.status for e in ek.patch(model).entries] == ["already", "patched"]
+        assert implementations(model) == {"embedkernels"}
+    ek.unpatch(model)
+    assert model.config is other
+    assert all(c is stock for m, _, c in hf_config._held(model.modules()) if m is not model.__dict__)
+
+
+def test_a_model_that_was_given_the_view_of_another_is_not_called_patched_until_its_layers_are():
+    model, patched = build("bert"), build("bert")
+    ek.patch(patched)
+    stock, mine = copy.deepcopy(model), model.config
+    model.config = patched.config
+    assert describe(model).entries[1].status == "left alone"
+    assert ek.patch(model).entries[1].status == "patched"
+    assert implementations(model) == {"embedkernels"}
+    inputs = padded(3, 3)
+    assert torch.equal(model(**inputs).last_hidden_state, stock(**inputs).last_hidden_state)
+    ek.unpatch(patched)
+    assert implementations(model) == {"embedkernels"}
+    ek.unpatch(model)
+    assert implementations(model) == {"sdpa"}
+    assert model.config is patched.config
+    assert model.encoder.layer[0].attention.self.config is mine
+
+
+def test_layers_with_an_attention_of_their_own_are_not_fused():
+    model = build("bert")
+    eager = copy.deepcopy(model.config)
+    eager._attn_implementation = "eager"
+    model.encoder.layer[0].attention.self.config = eager
+    entry = ek.patch(model).entries[1]
+    assert (entry.status, entry.now) == ("left alone", "eager")
+    assert implementations(model) == {"sdpa", "eager"}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_parts_of_a_configuration_stay_those_objects_when_the_inner_model_is_patched_first(times):
+    model = llava()
+    outer, inner = model.config, model.config.text_config
+    language = model.model.language_model
+    for _ in range(times):
+        ek.unpatch(language)
+        ek.patch(language)
+        ek.patch(model)
+        assert model.config.text_config is language.config
+        assert model.config.text_config._attn_implementation == "embedkernels"
+        assert model.config.vision_config._attn_implementation == "sdpa"
+    ek.unpatch(language)
+    assert model.config.text_config is language.config is inner
+    ek.unpatch(model)
+    assert model.config is outer
+
+
+def test_a_configuration_class_that_a_user_registered_is_found(monkeypatch):
+    class OwnConfig(transformers.BertConfig):
+        model_type = "own-bert"
+
+    class OwnModel(transformers.BertModel):
+        config_class = OwnConfig
+
+    mapping = transformers.AutoModel._model_mapping
+    monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    transformers.AutoModel.register(OwnConfig, OwnModel)
+    model = OwnModel(OwnConfig(**build("bert").config.to_diff_dict()))
+    ek.patch(model)
+    assert type(transformers.AutoModel.from_config(model.config)) is OwnModel
+
+
+def test_the_class_of_a_view_is_equal_to_that_of_its_configuration_only():
+    model, other = build("bert"), build("roberta")
+    stock = type(model.config)
+    ek.patch(model)
+    ek.patch(other)
+    view, of_other = type(model.config), type(other.config)
+    assert view is not stock
+    assert view in [stock]
+    assert stock in [view]
+    assert {stock: 1}[view] == {view: 1}[stock] == 1
+    assert not any(view in [it] for it in (of_other, transformers.RobertaConfig, "BertConfig", None))
+
+
+def test_a_missing_part_of_a_configuration_is_an_attribute_error():
+    model = llava()
+    ek.patch(model)
+    view, stock = model.config, hf_config.stock_of(model.config)
+    assert view.vision_config is stock.vision_config
+    del view.vision_config
+    assert "vision_config" not in stock.__dict__
+    assert getattr(view, "vision_config", "default") == getattr(stock, "vision_config", "default")
+    del view.text_config
+    assert "text_config" not in stock.__dict__
+    for config in (stock, view):
+        with pytest.raises(AttributeError, match="text_config"):
+            del config.text_config
+    copy.copy(view)
+
+
+def test_an_attribute_that_neither_has_is_missing_in_a_view(monkeypatch):
+    monkeypatch.setitem(transformers.BertConfig.sub_configs, "part", transformers.BertConfig)
+    monkeypatch.setattr(hf_config, "_CLASSES", {})
+    view = hf_config.view_of(build("bert").config, {})
+    assert not hasattr(view, "part")
+    assert getattr(view, "part", 3) == 3
+    assert not hasattr(copy.copy(view), "part")
+
+
+def test_setting_the_implementation_that_is_set_changes_nothing():
+    model = build("bert")
+    ek.patch(model)
+    model.config._attn_implementation = "".join(["embed", "kernels"])  # another object
+    assert hf_config.stock_of(model.config)._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "embedkernels"
