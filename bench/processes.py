@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 from bench.environment import ROOT
 
-GRACE = 3.0  # seconds between asking a command to stop and stopping it
+# Seconds between asking a command to stop and killing it. A command that runs commands of its own has half of it for
+# them, or it would be killed while it waits for them.
+_VARIABLE = "EMBEDKERNELS_BENCH_GRACE"
+GRACE = float(os.environ.get(_VARIABLE, 3.0))
 TIMED_OUT = 124
 
 
 _live: set[subprocess.Popen[bytes]] = set()
 _stopping = False
+_HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,31 @@ class Finished:
     timed_out: bool = False
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Whether there was anything left to signal; 0 only asks."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
+        return True
+    return False
+
+
+def _end(commands: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask everything in the groups of some commands to stop, wait for it, and kill what does not.
+
+    What is killed has no time to end its own commands, which may have groups of their own.
+    """
+    deadline = time.monotonic() + GRACE
+    left = [command for command in commands if _signal_group(command, signal.SIGTERM)]
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        # A command that has ended stays in its group until it is asked for its exit code.
+        left = [command for command in left if command.poll() is None or _signal_group(command, 0)]
+    for command in left:
+        _signal_group(command, signal.SIGKILL)
 
 
 def end_with_commands() -> None:
-    """From now on a SIGTERM also ends every command that :func:`run` has under way, then this process.
+    """From now on SIGTERM and Ctrl-C also end every command that :func:`run` has under way, then this process.
 
     Commands have process groups of their own: a signal to this process's group does not reach them. To be called in
     the main thread.
@@ -53,11 +75,13 @@ def end_with_commands() -> None:
     def stop(number: int, frame: object) -> None:  # noqa: ARG001
         global _stopping
         _stopping = True
-        for process in list(_live):
-            _signal_group(process, signal.SIGKILL)
+        for handled in _HANDLED:
+            signal.signal(handled, signal.SIG_IGN)
+        _end(list(_live))
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
+    for handled in _HANDLED:
+        signal.signal(handled, stop)
 
 
 def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None) -> Finished:
@@ -67,7 +91,7 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
 
     Args:
         command: program and arguments.
-        seconds: after which the group is asked to stop, and ``GRACE`` later stopped.
+        seconds: after which the group is asked to stop, and ``GRACE`` later killed.
         env: additions to the environment.
     """
     started = time.monotonic()
@@ -78,7 +102,7 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
         process = subprocess.Popen(
             list(command),
             cwd=ROOT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, _VARIABLE: str(GRACE / 2), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -90,11 +114,8 @@ def run(command: Sequence[str], seconds: float, env: Mapping[str, str] | None = 
             code = process.wait(0.1 if _stopping else max(0.1, seconds))
         except subprocess.TimeoutExpired:
             code, timed_out = TIMED_OUT, True
-            _signal_group(process, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
         finally:
-            _signal_group(process, signal.SIGKILL)
+            _end([process])
             process.wait()
             _live.discard(process)
         log.seek(0)
