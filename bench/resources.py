@@ -87,6 +87,7 @@ class Resources:
         local: bytes of local or scratch memory per thread, spills and arrays indexed at run time alike.
         shared: bytes per block.
         threads: per block.
+        tile: what the spec fixes of the launch: its block sizes, warps and stages, and a limit of registers if any.
         occupancy: share of a multiprocessor's threads that registers and shared memory allow (NVIDIA only).
         instructions: static counts, keys of ``INSTRUCTIONS`` and ``total`` (NVIDIA only, and only if asked for).
         seconds: of compilation.
@@ -103,6 +104,7 @@ class Resources:
     local: int = 0
     shared: int = 0
     threads: int = 0
+    tile: dict[str, int] = field(default_factory=dict)
     occupancy: float | None = None
     instructions: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -245,13 +247,20 @@ def occupancy(registers: int, threads: int, shared: int, target: str) -> float:
     return blocks * threads / max_threads
 
 
+def tile_of(spec: Any) -> dict[str, int]:
+    """See ``Resources.tile``."""
+    blocks = {name.lower(): value for name, value in spec.constexprs.items() if name.startswith("BLOCK_")}
+    limit = {} if spec.max_registers is None else {"max_registers": spec.max_registers}
+    return {**blocks, "warps": spec.num_warps, "stages": spec.num_stages, **limit}
+
+
 def measure_one(module: str, name: str, target: str, mix: bool = True, variants: str = "listed") -> Resources:
     """Compile one spec and read what it takes. Never raises: a failure is in ``error``."""
     started = time.perf_counter()
     result = Resources(name, module, "", target)
     try:
         spec = specs_of(module, variants)[name]
-        result.kernel = spec.kernel.__name__
+        result.kernel, result.tile = spec.kernel.__name__, tile_of(spec)
         compiled, log = compile_spec(spec, target)
         result.shared = int(compiled.metadata.shared)
         if target.startswith("sm_"):
@@ -407,12 +416,15 @@ def table(results: list[Resources]) -> str:
 
 
 def write_lines(path: Path, results: list[Resources], missing: int, triton: str) -> None:
-    """A sweep as JSON, a line per variant: registers and bytes of local memory of a thread, of shared of a block."""
+    """A sweep as JSON, a line per variant: its tile, registers and local bytes of a thread, shared bytes of a block.
+
+    Lines from before the tile was noted lack it, and readers must cope with that.
+    """
     lines = []
     for r in sorted(results, key=lambda r: (r.target, r.spec)):
         found: dict[str, Any] = {"registers": r.registers, "local": r.local, "shared": r.shared}
         found = {"error": r.error.splitlines()[0][:200]} if r.error else found
-        lines.append(f"  {json.dumps({'target': r.target, 'spec': r.spec, **found})}")
+        lines.append(f"  {json.dumps({'target': r.target, 'spec': r.spec, 'tile': r.tile, **found})}")
     head = (
         f'"triton": {json.dumps(triton)}, "out_of_time": {missing}, "spilling": {sum(r.local > 0 for r in results)}'
     )

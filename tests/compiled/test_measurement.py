@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,8 +95,17 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
     assert f"no time for {report['out_of_time']} more" in done.stdout
 
 
+def test_a_result_holds_its_tile(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """A failed one's too."""
+    assert toys["scale[aligned]", "sm_90"]["tile"] == {"warps": 4, "stages": 3}
+    assert toys["broken", "sm_90"]["tile"] == {"block_n": 64, "warps": 4, "stages": 3}
+    limited = replace(spec("limited", BLOCK_M=16, BLOCK_N=32, GROUP=3), num_warps=8, max_registers=255)
+    assert resources.tile_of(limited) == {"block_m": 16, "block_n": 32, "warps": 8, "stages": 3, "max_registers": 255}
+
+
 def test_a_sweep_has_a_line_per_variant(tmp_path: Path) -> None:
-    good = resources.Resources("b", "m", "k", "sm_90", registers=40, shared=512)
+    tile = {"block_m": 64, "block_n": 32, "warps": 8, "stages": 2}
+    good = resources.Resources("b", "m", "k", "sm_90", registers=40, shared=512, tile=tile)
     spilling = resources.Resources("a", "m", "k", "sm_90", registers=255, local=8)
     broken = resources.Resources("a", "m", "k", "sm_80", error="CompileError: no\nsecond line")
     path = tmp_path / "new" / "sweep.json"
@@ -103,9 +113,9 @@ def test_a_sweep_has_a_line_per_variant(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert (found["triton"], found["out_of_time"], found["spilling"]) == ("3.6.0", 3, 1)
     assert found["results"] == [
-        {"target": "sm_80", "spec": "a", "error": "CompileError: no"},
-        {"target": "sm_90", "spec": "a", "registers": 255, "local": 8, "shared": 0},
-        {"target": "sm_90", "spec": "b", "registers": 40, "local": 0, "shared": 512},
+        {"target": "sm_80", "spec": "a", "tile": {}, "error": "CompileError: no"},
+        {"target": "sm_90", "spec": "a", "tile": {}, "registers": 255, "local": 8, "shared": 0},
+        {"target": "sm_90", "spec": "b", "tile": tile, "registers": 40, "local": 0, "shared": 512},
     ]
     assert len(path.read_text().splitlines()) == 5
 

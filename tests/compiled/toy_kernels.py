@@ -26,8 +26,8 @@ def spilling_kernel(x_ptr, y_ptr, z_ptr, M: tl.constexpr, N: tl.constexpr, K: tl
 
 
 @triton.jit
-def broken_kernel(x_ptr, N: tl.constexpr):
-    tl.store(x_ptr + tl.arange(0, N), no_such_name)  # noqa: F821
+def broken_kernel(x_ptr, BLOCK_N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK_N), no_such_name)  # noqa: F821
 
 
 class _Crash:
@@ -50,7 +50,7 @@ def compile_specs() -> list[CompileSpec]:
         CompileSpec("scale[aligned]", scale_kernel, SCALE, {"COLUMNS": 1024}, 4, 3, ALIGNED),
         CompileSpec("scale[unaligned]", scale_kernel, SCALE, {"COLUMNS": 1024}, 4, 3),
         CompileSpec("spilling", spilling_kernel, SPILL, {"M": 256, "N": 256, "K": 64}, 4, 3),
-        CompileSpec("broken", broken_kernel, {"x_ptr": "*fp32"}, {"N": 64}),
+        CompileSpec("broken", broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK_N": 64}),
         CompileSpec("incomplete", scale_kernel, {"x_ptr": "*bf16"}, {"COLUMNS": 64}),
         CompileSpec("crashing", _Crash(), {}, {}),
     ]
