@@ -155,7 +155,13 @@ def _architectures(nvcc: str) -> tuple[str, ...]:
         if shipped := tuple(arch for arch in ARCHITECTURES if arch in known):
             return shipped
         raise Missing(f"CPU only: {nvcc} knows none of {', '.join(ARCHITECTURES)}")
-    wanted = {part.replace(".", "") for part in re.split(r"[;,\s]+", asked) if part}
+    parts = [part for part in re.split(r"[;,\s]+", asked) if part]
+    if not parts or not all(re.fullmatch(r"[0-9]+\.?[0-9]", part) for part in parts):
+        raise ValueError(
+            'EMBEDKERNELS_CUDA_ARCHS must be "native" or compute capabilities like "80,90" or "8.0 9.0",'
+            f" got {os.environ['EMBEDKERNELS_CUDA_ARCHS']!r}"
+        )
+    wanted = {part.replace(".", "") for part in parts}
     for arch in sorted(wanted):
         if arch not in known:
             raise ValueError(f"EMBEDKERNELS_CUDA_ARCHS: {nvcc} has no compute_{arch}; it knows {_spelled(known)}")
@@ -167,8 +173,8 @@ def find_cuda() -> Cuda:
 
     Raises:
         Missing: the library is then built for the CPU alone.
-        ValueError: EMBEDKERNELS_CUDA_ARCHS names an architecture that this nvcc does not know. What is found by
-            itself never raises it.
+        ValueError: EMBEDKERNELS_CUDA_ARCHS is no list of architectures, or names one that this nvcc does not know.
+            What is found by itself never raises it.
     """
     if os.environ.get("EMBEDKERNELS_CUDA", "1") == "0":
         raise Missing("CPU only: EMBEDKERNELS_CUDA was 0 when it was built")

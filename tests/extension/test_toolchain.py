@@ -53,9 +53,22 @@ def test_architectures(tools, monkeypatch, cuda_home):
     assert toolchain.find_cuda().targets == ["sm_80", "sm_90", "sm_120", "compute_120"]
     monkeypatch.setenv("EMBEDKERNELS_CUDA_ARCHS", "9.0, 80, 90,")
     assert toolchain.find_cuda().targets == ["sm_80", "sm_90", "compute_90"]
+    monkeypatch.setenv("EMBEDKERNELS_CUDA_ARCHS", " ")
+    assert toolchain.find_cuda().targets[0] == "sm_80", "nothing asked for"
     monkeypatch.setenv("EMBEDKERNELS_CUDA_ARCHS", "61")
     with pytest.raises(ValueError, match=r"EMBEDKERNELS_CUDA_ARCHS: .* has no compute_61; it knows 80, 90, 120"):
         toolchain.find_cuda()
+
+
+@pytest.mark.parametrize("asked", [",", " ; ", "8,x", "80+PTX", "90a", "native,90", "-80", ".", "\u00b2"])
+def test_architectures_that_are_none(tools, monkeypatch, cuda_home, asked):
+    _, toolchain = tools
+    monkeypatch.setenv("CUDA_HOME", str(cuda_home))
+    monkeypatch.setenv("EMBEDKERNELS_CUDA_ARCHS", asked)
+    with pytest.raises(ValueError) as raised:
+        toolchain.find_cuda()
+    expected = 'EMBEDKERNELS_CUDA_ARCHS must be "native" or compute capabilities like "80,90" or "8.0 9.0"'
+    assert str(raised.value).startswith(f"{expected}, got {asked!r}")
 
 
 def test_an_nvcc_that_knows_nothing_that_is_shipped(tools, monkeypatch, cuda_home):
