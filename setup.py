@@ -20,6 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import OptionError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc" / "tools"))
@@ -31,7 +32,11 @@ class BuildPackage(build_py):
     """Starts from an empty folder: a module that was deleted must not come back from an earlier build."""
 
     def run(self) -> None:
-        shutil.rmtree(Path(self.build_lib) / "embedkernels", ignore_errors=True)
+        built = Path(self.build_lib) / "embedkernels"
+        target, source = built.resolve(), (ROOT / "embedkernels").resolve()
+        if target == source or target in source.parents or source in target.parents:
+            raise OptionError(f"--build-lib must be outside of the package's source, got {self.build_lib!r}")
+        shutil.rmtree(built, ignore_errors=True)
         super().run()
 
 

@@ -110,6 +110,21 @@ def test_pure_python_wheel(checkout, tmp_path):
     assert status_in(installed) == f"False|False|{expected}"
 
 
+@pytest.mark.parametrize("build_lib", [".", "..", "embedkernels/hf", "link"])
+def test_a_build_never_removes_the_source(checkout, tmp_path, build_lib):
+    """It starts from an empty folder, but not where that would be the package itself, or hold it or lie in it."""
+    home = checkout.rename(tmp_path / "embedkernels")  # so that ".." names the checkout
+    (home / "link").symlink_to(".")
+    (home / "embedkernels/hf/embedkernels").mkdir()
+    (home / "embedkernels/hf/embedkernels/mine.txt").touch()
+    before = files_in(home)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", build_lib]
+    done = subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"--build-lib must be outside of the package's source, got '{build_lib}'" in done.stderr
+    assert before - files_in(home) == set()
+
+
 @pytest.mark.slow
 def test_cpu_wheel_serves_every_python(tools, checkout, tmp_path):
     source = build_sdist(checkout, tmp_path / "sdist")
