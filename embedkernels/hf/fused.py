@@ -3,8 +3,8 @@
 A fused class has the name, module and qualified name of its stock class, so that ``repr``, ``architectures`` in a
 saved config, ``_no_split_modules``, FSDP wrap policies and the class names that transformers keeps registries of stay
 what they were. Instances are pickled as "the fused class of this stock class", which finds its way back through
-:func:`rebuild`. A fused forward runs for instances with the mark of ``embedkernels.hf.state``: for any other, be it
-new, unpatched or reached through a wrapper that outlived the patch, it is the stock forward.
+:func:`empty_instance`. A fused forward runs for instances with the mark of ``embedkernels.hf.state``: for any other,
+be it new, unpatched or reached through a wrapper that outlived the patch, it is the stock forward.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedkernels.hf import guards
+from embedkernels.hf import guards, state
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
 from embedkernels.hf.state import is_marked
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.embed import embed
+from embedkernels.ops.embedding import embedding
 
 STOCK = "_embedkernels_stock"
 ADAPTER = "_embedkernels_adapter"
@@ -50,7 +51,7 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     return fused or adapter_for(type(module))
 
 
-def rebuild(stock: type[nn.Module]) -> nn.Module:
+def empty_instance(stock: type[nn.Module]) -> nn.Module:
     """An empty instance of the fused class of ``stock``: what pickle and deepcopy fill with the module's state."""
     cls = fused_class(stock)
     return cls.__new__(cls)
@@ -91,7 +92,7 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
         reduced: Any = base.__reduce_ex__(self, protocol)
         if type(self) is not fused:
             return tuple(reduced)
-        return (rebuild, (stock,), *reduced[2:])
+        return (empty_instance, (stock,), *reduced[2:])
 
     namespace: dict[str, Any] = {
         "__init__": __init__,
@@ -115,7 +116,7 @@ def _lookup_forward(self: Any, input: Tensor) -> Tensor:
     if reason is not None:
         guards.warn_once(self, "nn.Embedding", reason)
         return nn.Embedding.forward(self, input)
-    return FusedEmbedding.forward(self, input)
+    return embedding(input, self.weight, padding_idx=self.padding_idx)
 
 
 def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]:
@@ -171,15 +172,16 @@ _STEM_ARGUMENTS = frozenset(
 def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     """Token + position (+ type) -> norm -> dropout in one op."""
     by_name = _bound_by_name(stock_forward)
+    understood = _STEM_ARGUMENTS & inspect.signature(stock_forward).parameters.keys()
 
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_marked(self):
             return stock_forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
-        if call is None or not call.keys() <= _STEM_ARGUMENTS or _no_input(call):
+        if call is None or not call.keys() <= understood or _no_input(call):
             return stock_forward(self, *args, **kwargs)  # which raises
-        reason = _misfit(call) or guards.problem(self, adapter)
+        reason = _misfit(call) or guards.problem(self, adapter) or _beyond_buffers(self, adapter, call)
         if reason is not None:
             guards.warn_once(self, f"{adapter.cls} ({adapter.model})", reason)
             return stock_forward(self, *args, **kwargs)
@@ -194,6 +196,21 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         return _embed(self, adapter, input_ids, position_ids, start, type_ids)
 
     return forward
+
+
+def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any]) -> str | None:
+    """Why the buffers that stock would take ids from do not hold all that this call needs."""
+    past, given = call.get("past_key_values_length", 0), call.get("position_ids") is not None
+    end = None if given or isinstance(past, Tensor) else past + call["input_ids"].shape[1]
+    if end is not None and adapter.position_rule == "padding":
+        end += module.padding_idx + 1  # where positions start
+    read = []
+    if not given and adapter.position_rule == "arange":
+        read.append("position_ids")
+    if adapter.types is not None and call.get("token_type_ids") is None:
+        read.append("token_type_ids")
+    rows = module._modules[adapter.positions].weight.shape[0]
+    return state.length_problem(module, read, rows, end)
 
 
 def _embed(
@@ -229,8 +246,8 @@ def _embed(
 def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     """Token + position -> dropout in one op at the start of a model's own forward.
 
-    The stock forward then runs as it is on ``inputs_embeds``, seeing the model through a :class:`_View` in which the
-    position lookup and the dropout have already been done.
+    The stock forward then runs as it is on ``inputs_embeds``, seeing the model through a :class:`_ModelView` in which
+    the position lookup and the dropout have already been done.
     """
     by_name = _bound_by_name(stock_forward)
 
@@ -257,7 +274,7 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
             cache = call.get("past_key_values")
             position_ids, start = _positions(0 if cache is None else cache.get_seq_length(), input_ids)
         embeds = _embed(self, adapter, input_ids, position_ids, start, None)
-        view = _View(self, adapter)
+        view = _ModelView(self, adapter)
         output = stock_forward(view, **{**call, "input_ids": None, "inputs_embeds": embeds})
         view.check()
         return output
@@ -280,7 +297,7 @@ class _AlreadyAdded:
         return NotImplemented
 
 
-class _View:
+class _ModelView:
     """A model as its own stock forward sees it during one call: without position lookup and embedding dropout.
 
     Everything else is the model's, attributes set included. One view serves one call, so nothing is shared between

@@ -133,7 +133,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
     if needs_stock_autograd(*read):
         return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
     if adapter.recipe == "stem":
-        return state.ids_problem(module, parts[str(adapter.positions)].weight.shape[0])
+        return state.ids_problem(module)
     return None
 
 

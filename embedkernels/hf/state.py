@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,28 +32,54 @@ def is_marked(module: nn.Module) -> bool:
     return MARK in module.__dict__
 
 
-def ids_problem(module: nn.Module, positions: int) -> str | None:
+def _buffer(module: nn.Module, name: str) -> Any:
+    buffer = module._buffers.get(name)
+    return module.__dict__.get(name) if buffer is None else buffer
+
+
+def ids_problem(module: nn.Module) -> str | None:
     """Why the ids that stock takes from buffers are not those of the fused forward, or None if they are.
 
     Stock modules read position ids and token type ids that a call does not give from buffers; the fused forward
     counts positions and takes type 0. The buffers are compared with that once, and again after they were replaced or
-    written to, which is seen without waiting for the device. A graph of torch.compile keeps what it saw when it was
-    traced.
+    written to, which their version counters tell without waiting for the device. What bypasses these is not seen: a
+    write through ``.data`` (replace the buffer instead), and any change behind a graph of torch.compile, which keeps
+    what it saw when it was traced.
 
     Args:
         module: with or without buffers ``position_ids`` and ``token_type_ids``.
-        positions: rows of its position table.
     """
     for name in ("position_ids", "token_type_ids"):
-        buffer = module._buffers.get(name)
-        if buffer is None:
-            buffer = module.__dict__.get(name)
-        if buffer is not None and not (buffer.shape[-1] >= positions and _is_default(module, name, buffer)):
+        buffer = _buffer(module, name)
+        default = buffer is None or _is_default(module, name, buffer)
+        if default is None:
+            return f"the buffer {name} cannot be read while a CUDA graph is captured: call the module once before"
+        if not default:
             return f"the buffer {name} was changed: it does not hold the ids that the class starts with"
     return None
 
 
-def _is_default(module: nn.Module, name: str, buffer: Tensor) -> bool:
+def length_problem(module: nn.Module, read: Iterable[str], rows: int, end: int | None) -> str | None:
+    """Why a call cannot take its ids from the buffers, which may be shorter than the position table, or None.
+
+    Args:
+        module: with or without these buffers.
+        read: names of the buffers that hold the ids which the call does not give.
+        rows: rows of the position table.
+        end: one more than the last position of the call; None if only the device knows it.
+    """
+    for name in read:
+        buffer = _buffer(module, name)
+        if buffer is None or buffer.shape[-1] >= rows:  # beyond that the lookup fails, whatever the buffer holds
+            continue
+        if end is None or end > buffer.shape[-1]:
+            wanted = "those at its positions" if end is None else str(end)
+            return f"the buffer {name} holds {buffer.shape[-1]} ids, the call reads {wanted}"
+    return None
+
+
+def _is_default(module: nn.Module, name: str, buffer: Tensor) -> bool | None:
+    """Whether the buffer holds the default ids; None if that cannot be told now."""
     if torch.compiler.is_compiling():
         return _holds_default(name, buffer)
     mark = module.__dict__.get(MARK)
@@ -60,8 +87,11 @@ def _is_default(module: nn.Module, name: str, buffer: Tensor) -> bool:
     version = None if buffer.is_inference() else buffer._version
     if seen is not None and seen[0] is buffer and seen[1] == version:
         return bool(seen[2])
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return None
     default = _holds_default(name, buffer)
-    if mark is not None:
+    # The replicas of nn.DataParallel share the mark, run in threads and have buffers of their own.
+    if mark is not None and not module.__dict__.get("_is_replica", False):
         mark.ids[name] = (buffer, version, default)
     return default
 
