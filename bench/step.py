@@ -22,6 +22,7 @@ from bench import cases, check
 from bench.timing import Stopwatch, summary
 
 STOCK = "stock"
+OURS = "ours"
 COMPILED = "stock, torch.compile"
 BURST = 4  # steps per sample, so that the host may run ahead of the device as it does in training
 # With dropout two implementations draw different masks: their first losses agree only this well.
@@ -80,9 +81,12 @@ class StepRunner:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def left_out(self, case: cases.StepCase, wave: int) -> list[str]:
-        """Names of the rivals of a wave."""
-        return [COMPILED] if wave and case.compiled else []
+    def contestants(self, case: cases.StepCase, wave: int) -> list[dict[str, Any]]:
+        """The rivals of a wave, as their entries begin."""
+        from bench.suites import entry_of
+
+        names = ([COMPILED] if case.compiled else []) if wave else [STOCK, OURS]
+        return [entry_of(name, name == OURS, name == OURS) for name in names]
 
     def autocast(self, case: cases.StepCase) -> contextlib.AbstractContextManager[Any]:
         if case.precision == "fp32":
@@ -100,7 +104,7 @@ class StepRunner:
             model.compile(dynamic=False, backend="aot_eager" if self.tiny else "inductor")
             return model
 
-        return {STOCK: lambda model: model, "ours": patched, COMPILED: compiled}
+        return {STOCK: lambda model: model, OURS: patched, COMPILED: compiled}
 
     def outcome(self, model: nn.Module, batch: dict[str, Tensor], case: cases.StepCase | None) -> dict[str, Tensor]:
         """Logits and gradients in evaluation mode."""
@@ -134,7 +138,7 @@ class StepRunner:
 
     def run(self, case: cases.StepCase, record: dict[str, Any], wave: int) -> None:
         """Check one case's rivals of a wave and time them with those before; ``record`` has what is known at once."""
-        from bench.suites import not_reached, reason
+        from bench.suites import entry_of, not_reached, reason
 
         if wave and not case.compiled:
             return
@@ -151,8 +155,7 @@ class StepRunner:
                 ready[name] = self.stepper(change(copy.deepcopy(stock)), batch, case)
             if (name == COMPILED) != bool(wave):
                 continue
-            ours = name == "ours"
-            entry: dict[str, Any] = {"rival": name, "ours": ours, "required": ours, "passes": {}, "detail": ""}
+            entry = {**entry_of(name, name == OURS, name == OURS), "detail": ""}
             record["rivals"].append(entry)
             if self.late():
                 entry.update(status="not run", detail="out of time")
@@ -197,7 +200,7 @@ class StepRunner:
                 yardstick.update(check.measure_yardstick(result, expected))
             elif not yardstick:
                 raise RuntimeError("no yardstick: the stock model has no result")
-            limit = check.OUR_LIMIT if name == "ours" else check.RIVAL_LIMIT
+            limit = check.OUR_LIMIT if name == OURS else check.RIVAL_LIMIT
             verdict = check.judge(result, expected, yardstick, limit)
             entry["error_ratios"] = verdict.ratios
             if not verdict.ok:

@@ -228,9 +228,9 @@ class Runner:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def left_out(self, case: Any, wave: int) -> list[str]:  # noqa: ARG002
-        """Names of the rivals of a wave."""
-        return [rival.name for rival in self.rivals if rival.wave == wave]
+    def contestants(self, case: Any, wave: int) -> list[dict[str, Any]]:  # noqa: ARG002
+        """The rivals of a wave, as their entries begin."""
+        return [entry_of(rival.name, rival.ours, rival.required) for rival in self.rivals if rival.wave == wave]
 
     def run(self, case: Any, record: dict[str, Any], wave: int) -> None:
         """Check a case's rivals of a wave, time them and those before; what is known goes into ``record`` at once."""
@@ -277,7 +277,7 @@ class Runner:
         yardstick: dict[str, check.Errors],
     ) -> tuple[dict[str, Any], Prepared | None]:
         """A rival's entry, and its calls if its results are right. The first rival fills in the yardstick."""
-        entry: dict[str, Any] = {"rival": rival.name, "ours": rival.ours, "required": rival.required, "passes": {}}
+        entry = entry_of(rival.name, rival.ours, rival.required)
         if self.late():
             return {**entry, "status": "not run", "detail": OUT_OF_TIME}, None
         with warnings.catch_warnings(record=True) as said:
@@ -359,18 +359,29 @@ def problems(records: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def entry_of(rival: str, ours: bool, required: bool) -> dict[str, Any]:
+    """How the entry of a rival in a case begins."""
+    return {"rival": rival, "ours": ours, "required": required, "passes": {}}
+
+
+def skipped(runner: Any, case: Any, record: dict[str, Any], wave: int, why: str) -> None:
+    """Give every rival of a wave that has no entry in a case one that says why it did not run."""
+    known = {entry["rival"] for entry in record["rivals"]}
+    for entry in runner.contestants(case, wave):
+        if entry["rival"] not in known:
+            record["rivals"].append({**entry, "status": "not run", "detail": why})
+
+
 def not_reached(runner: Any, case: Any, record: dict[str, Any], wave: int, why: str = OUT_OF_TIME) -> None:
     """Say of a case, or of its rivals of a later wave, that they did not run."""
     if wave == runner.waves[0]:
         record["not_run"] = why
-        return
-    for name in runner.left_out(case, wave):
-        entry = {"rival": name, "ours": False, "required": False, "passes": {}, "status": "not run", "detail": why}
-        record["rivals"].append(entry)
+    else:
+        skipped(runner, case, record, wave, why)
 
 
 def incomplete(records: list[dict[str, Any]]) -> list[str]:
-    """What there was no time for, counted."""
+    """What did not run, for want of time or after an error, counted."""
     cases_left = sum("not_run" in record for record in records)
     rivals_left = sum(entry["status"] == "not run" for record in records for entry in record["rivals"])
     return [
@@ -414,7 +425,10 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
         for case, record in zip(todo, records, strict=True):
             if wave == runner.waves[0]:
                 del record["not_run"]
-            elif "not_run" in record or "error" in record:
+            elif "not_run" in record:
+                continue
+            if "error" in record:
+                skipped(runner, case, record, wave, f"skipped after {record['error']}")
                 continue
             started = time.monotonic()
             if broken or runner.late():
@@ -426,8 +440,10 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
                     ek.check_errors()
                 except CaptureLeak as error:
                     broken = reason(error)
+                    skipped(runner, case, record, wave, broken)
                 except Exception as error:  # the next case may still work
                     record["error"] = reason(error)
+                    skipped(runner, case, record, wave, f"skipped after {record['error']}")
                     print(traceback.format_exc(), file=sys.stderr)
                 if device.type == "cuda":
                     record["clocks"] = environment.clocks()

@@ -150,6 +150,78 @@ def test_a_broken_case_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch) -
     assert second["rivals"][1]["status"] == "ok"
 
 
+def entries_of(case: dict[str, Any]) -> dict[str, str]:
+    """Status of every rival, with its reason if it did not run."""
+    return {
+        entry["rival"]: entry["status"] + (f", {entry['detail']}" if entry["status"] == "not run" else "")
+        for entry in case["rivals"]
+    }
+
+
+@pytest.mark.parametrize(("fails", "at"), [("inputs", 1), ("timed", 1), ("inputs", 3)])
+def test_after_an_error_what_was_skipped_is_listed(monkeypatch: pytest.MonkeyPatch, fails: str, at: int) -> None:
+    """Every rival of every case has an entry in the file, whatever broke before its turn came."""
+    suite = suites.SUITES["embedding_grad"]
+    calls = {"inputs": 0, "timed": 0}
+
+    def breaking(name: str, original: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            if (name, calls[name]) == (fails, at):
+                raise MemoryError("too large")
+            return original(*given)
+
+        return call
+
+    eager, ours = contest("embedding_grad")
+    late = [dataclasses.replace(ours, name="ours again", wave=1), dataclasses.replace(eager, name="last", wave=2)]
+    inputs, contestants = breaking("inputs", suite.inputs), [eager, ours, *late]
+    changed = dataclasses.replace(suite, cases=suite.cases[:2], inputs=inputs, rivals=lambda _: contestants)
+    monkeypatch.setitem(suites.SUITES, "embedding_grad", changed)
+    monkeypatch.setattr(suites.Runner, "timed", breaking("timed", suites.Runner.timed))
+    saved: list[dict[str, Any]] = []
+    assert not suites.run("embedding_grad", CPU, 60, True, saved.append)
+    first, second = saved[-1]["cases"]  # the third call of inputs is the first case's in the second wave
+    assert first["error"] == "MemoryError: too large"
+    skipped = "not run, skipped after MemoryError: too large"
+    ran = skipped if (fails, at) == ("inputs", 1) else "ok"
+    assert entries_of(first) == {"eager": ran, "ours": ran, "ours again": skipped, "last": skipped}
+    assert entries_of(second) == dict.fromkeys(entries_of(first), "ok")
+    assert {entry["rival"]: entry["ours"] for entry in first["rivals"]} == {
+        "eager": False, "ours": True, "ours again": True, "last": False,
+    }  # fmt: skip
+
+
+def test_a_step_that_breaks_lists_what_was_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import step
+
+    def breaks(*_: Any) -> Any:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(step, "make_model", breaks)
+    saved: list[dict[str, Any]] = []
+    assert not suites.run("step", CPU, 60, True, saved.append)
+    for case in saved[-1]["cases"]:
+        wanted = ["stock", "ours", *(["stock, torch.compile"] if case["case"]["compiled"] else [])]
+        assert entries_of(case) == dict.fromkeys(wanted, "not run, skipped after MemoryError: too large")
+        assert [entry["ours"] for entry in case["rivals"]] == [name == "ours" for name in wanted]
+
+
+def test_a_rival_of_ours_that_was_not_reached_is_still_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    eager, ours = contest("embedding_grad")
+    timed = suites.Runner.timed
+
+    def slow(*given: Any) -> None:
+        timed(*given)
+        clock.late = True
+
+    monkeypatch.setattr(suites.Runner, "timed", slow)
+    again = dataclasses.replace(ours, name="ours in Triton", wave=1)
+    entry = dry_run(monkeypatch, "embedding_grad", [eager, ours, again])["cases"][0]["rivals"][2]
+    assert (entry["rival"], entry["status"], entry["ours"]) == ("ours in Triton", "not run", True)
+
+
 def test_cases_without_time_are_listed() -> None:
     saved: list[dict[str, Any]] = []
     assert suites.run("attention", CPU, -1.0, True, saved.append)
@@ -252,6 +324,9 @@ def test_a_capture_that_cannot_be_undone_ends_the_suite(monkeypatch: pytest.Monk
     saved: list[dict[str, Any]] = []
     assert suites.run("embedding_grad", CPU, 60, True, saved.append)
     assert saved[-1]["cases"][1]["not_run"] == "CaptureLeak: no way back"
+    assert {entry["rival"] for entry in saved[-1]["cases"][0]["rivals"]} == {
+        rival.name for rival in suite.rivals(True)
+    }
     assert saved[-1]["incomplete"][-1] == "CaptureLeak: no way back"
 
 
