@@ -290,8 +290,12 @@ def test_copies_stay_patched_and_can_be_unpatched(name, how):
 
 
 def _python(code, argument):
-    """Run code in a fresh process with the modules of this one importable."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    """Run code in a fresh process with the modules of this one importable and as many threads.
+
+    How a sum is split between threads decides its last bits.
+    """
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
+    environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(argument)], env=environment, capture_output=True, text=True
     )
@@ -304,11 +308,13 @@ def test_a_pickle_is_loaded_by_a_process_that_has_imported_nothing(tmp_path):
     for embeddings in (True, False):
         model = build("gpt2")
         ek.patch(model, embeddings=embeddings, attention=not embeddings)
-        torch.save((model, inputs, model(**inputs).last_hidden_state.detach()), tmp_path / f"{embeddings}.pt")
+        saved = (model, inputs, model(**inputs).last_hidden_state.detach(), torch.get_num_threads())
+        torch.save(saved, tmp_path / f"{embeddings}.pt")
     code = (
         "import os, sys, torch\n"
         "path = sys.argv[1] + ('/False.pt' if os.fork() else '/True.pt')\n"
-        "model, inputs, expected = torch.load(path, weights_only=False)\n"
+        "model, inputs, expected, threads = torch.load(path, weights_only=False)\n"
+        "assert torch.get_num_threads() == threads\n"
         "assert torch.equal(model(**inputs).last_hidden_state, expected)\n"
         "if path.endswith('/False.pt'): assert os.wait()[1] == 0, 'the other process failed'"
     )
