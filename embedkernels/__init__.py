@@ -18,6 +18,7 @@ _HOME = {
     "embedding": "embedkernels.ops.embedding",
     "embedding_grad": "embedkernels.ops.embedding_grad",
     "embedding_plan": "embedkernels.ops.embedding_grad",
+    "rope": "embedkernels.ops.rope",
     "use_backend": "embedkernels.ops.backend",
     "FusedEmbedding": "embedkernels.nn.embedding",
     "FusedInputEmbeddings": "embedkernels.nn.input_embeddings",
@@ -37,6 +38,7 @@ __all__ = [
     "embedding_grad",
     "embedding_plan",
     "patch",
+    "rope",
     "unpatch",
     "use_backend",
 ]
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from embedkernels.ops.embedding import embedding
     from embedkernels.ops.embedding_grad import embedding_grad, embedding_plan
     from embedkernels.ops.ids import check_errors
+    from embedkernels.ops.rope import rope
 
 
 def __getattr__(name: str) -> Any:

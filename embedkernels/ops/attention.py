@@ -22,6 +22,7 @@ from embedkernels.ops.attention_checks import (
     checked_values,
 )
 from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
+from embedkernels.ops.layout import empty_in_order_of
 from embedkernels.reference import attention as reference
 
 HEAD_SIZES = (16, 128)
@@ -309,17 +310,9 @@ def _backward_outputs(
     query: Tensor, key: Tensor, value: Tensor, needs_query: bool, needs_key_value: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the order of memory of their tensors; empty where they are not needed."""
-    dq = _like(query) if needs_query else query.new_empty(0)
-    dk, dv = (_like(x) if needs_key_value else x.new_empty(0) for x in (key, value))
+    dq = empty_in_order_of(query) if needs_query else query.new_empty(0)
+    dk, dv = (empty_in_order_of(x) if needs_key_value else x.new_empty(0) for x in (key, value))
     return dq, dk, dv
-
-
-def _like(x: Tensor) -> Tensor:
-    """An empty (B, H, S, D) tensor, laid out (B, S, H, D) if ``x`` is: a projection's backward then needs no copy."""
-    batch, heads, length, head_size = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((batch, length, heads, head_size)).transpose(1, 2)
-    return x.new_empty((batch, heads, length, head_size))
 
 
 def _near(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ SUPPORTED: dict[str, tuple[Backend, ...]] = {
     "embedding": ("triton", "torch"),
     "embedding_grad": ("extension", "triton", "torch"),
     "attention": ("triton", "torch"),
+    "rope": ("triton", "torch"),
 }
 
 
