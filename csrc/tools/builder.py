@@ -149,20 +149,22 @@ def install(built: Path, package_dir: Path) -> None:
             (package_dir / name).unlink(missing_ok=True)
 
 
-def _run_ninja(ninja: str, build_dir: Path) -> str | None:
-    """None, or what went wrong: the first line of the output that looks like a cause."""
+def _run_ninja(ninja: str, build_dir: Path) -> tuple[str, list[str]]:
+    """What went wrong, with the first line of the output that looks like a cause, and the files that failed."""
     command = [ninja, "-C", str(build_dir)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
     print("building embedkernels' library:", shlex.join(command), flush=True)
-    error = ""
+    error, files = "", []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             if not error and re.search(r"\berror\b|fatal|not found", line, re.IGNORECASE):
                 error = f": {' '.join(line.split())}"
-    return f"did not compile{error}" if process.returncode else None
+            if failed := re.match(r"FAILED: (?:\[code=\d+\] )?(\S+)", line):
+                files.append(failed[1])
+    return (f"did not compile{error}" if process.returncode else ""), files
 
 
 def _build(build_dir: Path, library: Path) -> Record:
@@ -171,24 +173,27 @@ def _build(build_dir: Path, library: Path) -> Record:
     compiler, torch, ninja = find_compiler(), find_torch(), find_ninja()
     build_dir.mkdir(parents=True, exist_ok=True)
 
-    def compile_with(cuda: Cuda | None) -> str | None:
+    def compile_with(cuda: Cuda | None) -> tuple[str, list[str]]:
         rules = build_dir / "build.ninja"
         text = _ninja_file(compiler, torch, cuda, build_dir)
         if not rules.is_file() or rules.read_text() != text:
             rules.write_text(text)
         return _run_ninja(ninja, build_dir)
 
+    cuda, targets = None, []
     try:
         cuda = find_cuda()
         reason, targets = f"C++ and {cuda.name}", cuda.targets
-        if failed := compile_with(cuda):
-            # Mostly a C++ compiler that is too new for this nvcc: C++ alone compiles.
-            _warn(f"embedkernels' library is built WITHOUT its CUDA code: it {failed}")
-            raise Missing(f"CPU only: the CUDA code {failed}")
     except Missing as missing:
-        reason, targets = str(missing), []
-        if failed := compile_with(None):
-            raise Missing(f"it {failed}") from None
+        reason = str(missing)
+    failed, files = compile_with(cuda)
+    if failed and cuda is not None and not any(file.endswith(".cpp.o") for file in files):
+        # Mostly a C++ compiler that is too new for this nvcc: C++ alone compiles.
+        _warn(f"embedkernels' library is built WITHOUT its CUDA code: it {failed}")
+        reason, targets = f"CPU only: the CUDA code {failed}", []
+        failed, _ = compile_with(None)
+    if failed:
+        raise Missing(f"it {failed}")
     _replace(build_dir / LIBRARY, library)
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     return Record(True, reason, targets, torch.version, digest)

@@ -82,6 +82,37 @@ def test_neither_cuda_nor_cpp_compiles(tools, monkeypatch, tmp_path, cuda_home):
     assert (record.built, record.reason) == (False, "it did not compile: x.cpp:3: error: my message")
 
 
+@pytest.mark.parametrize("form", ["FAILED: {}", "FAILED: [code=1] {}"])
+def test_cpp_that_does_not_compile_is_not_blamed_on_cuda(
+    tools, monkeypatch, tmp_path, cuda_home, capfd, compiler, form
+):
+    """Without CUDA it would not compile either: it is not tried again. Ninja has named what failed in two ways."""
+    builder, _ = tools
+    monkeypatch.setenv("CUDA_HOME", str(cuda_home))
+    log = tmp_path / "runs"
+    nvcc(cuda_home, compile=COMPILER.format(log=tmp_path / "nvcc-arguments"))
+    said = f"echo '{form.format('cpu/plan.cpp.o')}'; echo 'plan.cpp:3: error: my message'; exit 1"
+    ninja = script(tmp_path / "ninja", f"echo run >> {log}; {said}")
+    monkeypatch.setattr(builder, "find_ninja", lambda: ninja)
+    record = builder.build(tmp_path / "build", tmp_path / "package")
+    assert (record.built, record.reason) == (False, "it did not compile: plan.cpp:3: error: my message")
+    assert log.read_text() == "run\n"
+    assert "CUDA" not in capfd.readouterr().err
+
+
+def test_ninja_names_the_cpp_that_failed(tools, monkeypatch, tmp_path, cuda_home, capfd):
+    """As above with the ninja there is, after the CUDA code has compiled."""
+    builder, _ = tools
+    monkeypatch.setenv("CUDA_HOME", str(cuda_home))
+    monkeypatch.setenv("MAX_JOBS", "1")
+    nvcc(cuda_home, compile=COMPILER.format(log=tmp_path / "nvcc-arguments"))
+    log = tmp_path / "runs"
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", f"echo run >> {log}; echo 'x.cpp:3: error: no' >&2; exit 1"))
+    assert builder.build(tmp_path / "build", tmp_path / "package").reason == "it did not compile: x.cpp:3: error: no"
+    assert log.read_text() == "run\n"
+    assert "WITHOUT its CUDA code" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("version", "known"), [("12.4", False), ("12.8", True), ("13.0", True)])
 def test_nvcc_gets_no_flag_that_it_does_not_know(tools, monkeypatch, tmp_path, cuda_home, compiler, version, known):
     """--compress-mode came with 12.8."""
