@@ -1,6 +1,7 @@
 """What the Makefile decides before it installs anything: shown by ``make -n``, on machines of every kind."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,28 @@ def test_a_torch_without_cuda_beside_a_gpu_is_an_error(site):
 
 def test_a_torch_with_cuda_serves_a_gpu(site):
     assert site("2.15.0", "13.0")(ROOT / "requirements/check_torch.py", "90").returncode == 0
+
+
+def find_python(version, home, path):
+    """``.ci/run``'s choice of an interpreter, with nothing else on the machine."""
+    if not (ROOT / ".ci/run").is_file():
+        pytest.skip("no .ci/run")
+    (function,) = re.findall(r"^find_python\(\).*?^}", (ROOT / ".ci/run").read_text(), re.MULTILINE | re.DOTALL)
+    environment = {"HOME": str(home), "PATH": str(path)}
+    command = [shutil.which("bash"), "-euo", "pipefail", "-c", f"{function}\nfind_python {version}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+
+def test_a_job_on_another_python_says_so(tmp_path):
+    """Its name promises a version."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in ("python3", "python3.77"):
+        script(path / name, f'[ "$1" = --version ] && echo "Python 3.77.1" || exec {sys.executable} "$@"')
+    own = "{}.{}".format(*sys.version_info)
+    done = find_python("3.78", tmp_path, path)
+    assert done.stdout == "python3\n"
+    assert done.stderr == "there is no Python 3.78 here: Python 3.77.1 stands in for it\n"
+    script(path / f"python{own}", f'exec {sys.executable} "$@"')
+    done = find_python(own, tmp_path, path)
+    assert (done.stdout, done.stderr) == (f"python{own}\n", "")
