@@ -184,32 +184,32 @@ def set_attention(root: nn.Module, model: PreTrainedModel, implementation: str) 
 
 def _spread(root: nn.Module, model: PreTrainedModel, views: dict[int, Any]) -> None:
     """Give the modules of ``model`` and those around it in ``root`` these views, by id of the configuration."""
-    inside = {id(module.__dict__): module for module in model.modules()}
+    inside = {id(module.__dict__) for module in model.modules()}
 
     def concerned(module: nn.Module) -> bool:
         beside = isinstance(module, PreTrainedModel) and id(module.__dict__) not in inside
         return not beside or any(part is model for part in module.modules())
 
     held = list(_held(_walk(root, concerned)))
-    parts_of = {id(stock_of(config)): config for _, _, config in sorted(held, key=lambda one: is_view(one[2]))}
-    of_model, outer = set(views), dict(views)
+    known = {id(stock_of(config)): config for _, _, config in sorted(held, key=lambda one: is_view(one[2]))}
+    of_model, given = set(views), dict(views)
     pending = True
     while pending:
         pending = False
-        for key, config in parts_of.items():
-            stock, now = stock_of(config), outer.get(key, config)
-            parts = {name: outer.get(id(stock.__dict__.get(name))) for name in stock.sub_configs}
+        for key, config in known.items():
+            stock, now = stock_of(config), given.get(key, config)
+            parts = {name: given.get(id(stock.__dict__.get(name))) for name in stock.sub_configs}
             parts = {name: view for name, view in parts.items() if view is not None}
             same = all(_own(now).get(name) is view for name, view in parts.items())
-            if parts and not (same and key in outer):
+            if parts and not (same and key in given):
                 # A view that has these parts already is kept, and another keeps what an earlier patch gave it.
-                outer[key] = now if same else view_of(stock, {**_own(now), **parts})
+                given[key] = now if same else view_of(stock, {**_own(now), **parts})
                 pending = True
     for attributes, name, config in held:
         key = id(stock_of(config))
         # A model around this one that has its configuration may be patched through another.
-        if key in outer and (key not in of_model or id(attributes) in inside or not _is_patched(config)):
-            attributes[name] = outer[key]
+        if key in given and (key not in of_model or id(attributes) in inside or not _is_patched(config)):
+            attributes[name] = given[key]
 
 
 def restore(root: nn.Module) -> None:

@@ -429,3 +429,29 @@ def test_setting_the_implementation_that_is_set_changes_nothing():
     model.config._attn_implementation = "".join(["embed", "kernels"])  # another object
     assert hf_config.stock_of(model.config)._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "embedkernels"
+
+
+def test_patching_a_patched_model_of_models_keeps_its_configuration():
+    model = llava()
+    ek.patch(model.model)
+    ek.patch(model)
+    holders = [(attributes, name, config) for attributes, name, config in hf_config._held(model.modules())]
+    ek.patch(model)
+    assert all(attributes[name] is config for attributes, name, config in holders)
+    assert model.config is model.model.config
+
+
+def test_two_models_of_models_of_one_configuration():
+    first = llava()
+    both = nn.ModuleList([first, type(first)(first.config)])
+    stock = first.config
+    ek.patch(both)
+    for model in both:
+        assert model.config is model.model.config
+        assert model.config.text_config is model.model.language_model.config
+        assert model.config.text_config._attn_implementation == "embedkernels"
+    ek.unpatch(both[0])
+    assert both[0].config is stock
+    assert both[1].config.text_config._attn_implementation == "embedkernels"
+    ek.unpatch(both)
+    assert both[1].config is stock
