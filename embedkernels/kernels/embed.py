@@ -1,4 +1,4 @@
-"""Input embeddings in one pass: y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])).
+"""Input embeddings in one pass: y = dropout(norm(scale·W[ids] + T[type_ids] + P[position_ids] + extra)) · mask.
 
 ``embed_fwd_kernel`` gathers, adds, normalises, drops and writes each row once; grid (N / BLOCK_N, column chunks).
 ``embed_bwd_kernel`` turns the gradient of y into the gradient of the summed row, which is that of every table's row,
@@ -7,7 +7,8 @@ programs-th tile of rows. Nothing of size N·D is saved between the two: the row
 the saved mean and rstd, and the dropout mask from its seed.
 
 Bytes (e = element size; rows met again come from the caches): forward N·D·e of W read at most, N·D·e written;
-backward N·D·e of gradient and at most N·D·e of W read, N·D·e written. Both are bound by memory.
+backward N·D·e of gradient and at most N·D·e of W read, N·D·e written. Rows that are given instead of looked up, and
+``extra``, are read once in each direction. Both are bound by memory.
 
 With a norm, a row fits one tile up to ``WIDEST`` columns. Beyond that, and without a norm beyond ``CHUNK``, columns
 are cut into chunks, and a first kernel computes the per-row sums that the norm needs (``embed_stats_kernel``,
@@ -17,7 +18,7 @@ Sums over rows are deterministic: a program adds its rows in order and stores on
 ``embed_bwd_reduce_kernel`` adds the partial rows in order. No atomics.
 
 Addresses are 64-bit; rows are numbered in 32 bits, and a loop's last step past them fits too (``MOST_ROWS``).
-Each kernel's twelve arguments from ``ids_ptr`` to ``type_period`` are the tables.
+Each kernel's fifteen arguments from ``ids_ptr`` to ``factor`` are the sources of a row.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.specs import CompileSpec
 
 MOST_ROWS = 2**30 - 2**16
+# By the number that the kernels know a norm by.
+NORMS = ("none", "layer", "rms")
 WIDEST = 8192
 CHUNK = 1024
 # Backward, when every program leaves a partial row of the norm's gradients: as many programs as fill half of the
@@ -46,7 +49,8 @@ TILES_PER_PROGRAM = 4
 REDUCE_ROWS = 128
 REDUCE_COLUMNS = 16
 # What may change from launch to launch without a new compilation.
-VARYING = ("n", "token_rows", "position_rows", "position_start", "position_period", "type_rows", "type_period")
+VARYING = ("n", "token_rows", "position_rows", "position_start", "position_period", "type_rows", "type_period",
+           "extra_period", "mask_period")  # fmt: skip
 
 
 @triton.jit
@@ -73,17 +77,24 @@ def _every_row(row_ptr, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _summed_rows(rows, live, columns, tables, errors, D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
-                 REPORT: tl.constexpr):  # fmt: skip
-    """(W[ids] + T[type_ids]) + P[position_ids] of a tile, in fp32.
+def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
+                 POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, REPORT: tl.constexpr):  # fmt: skip
+    """((factor·W[ids] + T[type_ids]) + P[position_ids]) + extra of a tile, in fp32.
 
-    POSITION and TYPE: 0 no such table, 1 implicit ids (position_start + s; type 0), 2 ids from memory. Ids that are
-    the same in every sequence are stored once: row r uses number r % period. ``errors`` is (flag_ptr, record_ptr).
+    GIVEN: the rows themselves stand in the place of W, and there are no ids. POSITION and TYPE: 0 no such table,
+    1 implicit ids (position_start + s; type 0), 2 ids from memory. What is the same in every sequence is stored once:
+    row r uses number r % period. ``errors`` is (flag_ptr, record_ptr).
     """
     (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
-     position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period) = tables  # fmt: skip
-    ids = tl.load(ids_ptr + rows, mask=live, other=0).to(tl.int64)
-    x = _table(weight_ptr, token_rows, ids, live, rows, columns, errors, D, 0, REPORT)
+     position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
+     factor) = sources  # fmt: skip
+    if GIVEN:
+        x = _table(weight_ptr, token_rows, rows.to(tl.int64), live, rows, columns, errors, D, 0, False)
+    else:
+        ids = tl.load(ids_ptr + rows, mask=live, other=0).to(tl.int64)
+        x = _table(weight_ptr, token_rows, ids, live, rows, columns, errors, D, 0, REPORT)
+    if SCALE:
+        x *= factor
     if TYPE == 1:
         x += _every_row(type_weight_ptr, columns, D, rows.shape[0])
     if TYPE == 2:
@@ -95,113 +106,158 @@ def _summed_rows(rows, live, columns, tables, errors, D: tl.constexpr, POSITION:
     if POSITION == 2:
         ids = tl.load(position_ids_ptr + rows % position_period, mask=live, other=0).to(tl.int64)
         x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, REPORT)
+    if EXTRA:
+        ids = (rows % extra_period).to(tl.int64)
+        x += _table(extra_ptr, extra_period, ids, live, rows, columns, errors, D, 0, False)
+    return x
+
+
+@triton.jit
+def _norm_input(rows, live, first, columns, sources, errors, seed_ptr, p, scale, D: tl.constexpr,
+                BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr,
+                TYPE: tl.constexpr, EXTRA: tl.constexpr, DROPOUT: tl.constexpr, REPORT: tl.constexpr):  # fmt: skip
+    """The summed rows, after the dropout where that comes before the norm (DROPOUT == 2)."""
+    x = _summed_rows(rows, live, columns, sources, errors, D, GIVEN, SCALE, POSITION, TYPE, EXTRA, REPORT)
+    if DROPOUT == 2:
+        x = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), x * scale, 0.0)
     return x
 
 
 @triton.jit(do_not_specialize=VARYING)
 def embed_stats_kernel(
     mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows,
-    position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, n, eps,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+    position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
+    factor, n, eps, seed_ptr, p, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
+    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1/std of summed rows wider than a tile: one walk for the mean, one for the centred squares."""
-    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
-              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    """Mean and 1/std of summed rows wider than a tile: one walk for the mean, one for the centred squares.
+
+    For an RMSNorm the mean is not taken, and rstd is 1 / the root mean square.
+    """
+    sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
+               factor)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
-    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for first in range(0, D, BLOCK_D):
-        columns = first + tl.arange(0, BLOCK_D)
-        total += _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
-    mean = tl.sum(total, axis=1) / D
+    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if NORM == 1:
+        total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        for first in range(0, D, BLOCK_D):
+            columns = first + tl.arange(0, BLOCK_D)
+            total += _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN,
+                                 SCALE, POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
+        mean = tl.sum(total, axis=1) / D
+        tl.store(mean_ptr + rows, mean, mask=live)
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
-        x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+        x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
+                        POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
         centred = tl.where((columns < D)[None, :], x - mean[:, None], 0.0)
         squares += centred * centred
-    tl.store(mean_ptr + rows, mean, mask=live)
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps), mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def embed_fwd_kernel(
     out_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr,
-    position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, n,
-    norm_weight_ptr, norm_bias_ptr, eps, seed_ptr, p, scale, flag_ptr, record_ptr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr,
+    extra_period, factor, n, norm_weight_ptr, norm_bias_ptr, eps, seed_ptr, p, scale, mask_ptr, mask_period, flag_ptr,
+    record_ptr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
+    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. Mean and rstd are written with it, or read where WIDE."""
-    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
-              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    """One tile of y. Mean and rstd are written with it, or read where WIDE.
+
+    NORM: 0 none, 1 LayerNorm, 2 RMSNorm, which has no mean. DROPOUT: 0 none, 1 after the norm, 2 before it.
+    """
+    sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
+               factor)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     first = tl.program_id(1) * BLOCK_D
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < D
-    y = _summed_rows(rows, live, columns, tables, (flag_ptr, record_ptr), D, POSITION, TYPE, True)
+    y = _norm_input(rows, live, first, columns, sources, (flag_ptr, record_ptr), seed_ptr, p, scale, D, BLOCK_D,
+                    GIVEN, SCALE, POSITION, TYPE, EXTRA, DROPOUT, True)  # fmt: skip
     if NORM:
         if WIDE:
-            mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-            y = (y - mean[:, None]) * rstd[:, None]
+            if NORM == 1:
+                y -= tl.load(mean_ptr + rows, mask=live, other=0.0)[:, None]
         else:
-            mean = tl.sum(y, axis=1) / D
-            y = tl.where(inside[None, :], y - mean[:, None], 0.0)
+            if NORM == 1:
+                mean = tl.sum(y, axis=1) / D
+                tl.store(mean_ptr + rows, mean, mask=live)
+                y = tl.where(inside[None, :], y - mean[:, None], 0.0)
             rstd = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) / D + eps)
-            y = y * rstd[:, None]
-            tl.store(mean_ptr + rows, mean, mask=live)
             tl.store(rstd_ptr + rows, rstd, mask=live)
+        y = y * rstd[:, None]
         if WEIGHT:
             y *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
         if BIAS:
             y += _every_row(norm_bias_ptr, columns, D, BLOCK_N)
-    if DROPOUT:
-        keep = row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D)
-        y = tl.where(keep, y * scale, 0.0)
+    if DROPOUT == 1:
+        y = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), y * scale, 0.0)
+    if MASK:
+        y *= tl.load(mask_ptr + rows % mask_period, mask=live, other=0).to(tl.float32)[:, None]
     at = out_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
 @triton.jit
 def _upstream(
-    grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the norm's output: that of y, through the dropout mask drawn again."""
+    """Gradient of the norm's output: that of y, through the mask, and the dropout's drawn again."""
     at = grad_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
     grad = tl.load(at, mask=live[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
-    if DROPOUT:
-        keep = row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D)
-        grad = tl.where(keep, grad * scale, 0.0)
+    if MASK:
+        grad *= tl.load(mask_ptr + rows % mask_period, mask=live, other=0).to(tl.float32)[:, None]
+    if DROPOUT == 1:
+        grad = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), grad * scale, 0.0)
     return grad
+
+
+@triton.jit
+def _normalised(x, mean_ptr, rows, live, rstd, NORM: tl.constexpr):
+    """x-hat, from the saved statistics."""
+    if NORM == 1:
+        x -= tl.load(mean_ptr + rows, mask=live, other=0.0)[:, None]
+    return x * rstd[:, None]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def embed_projection_kernel(
     projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr,
     position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows,
-    type_period, n, norm_weight_ptr, seed_ptr, p, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
-    WEIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    type_period, extra_ptr, extra_period, factor, n, norm_weight_ptr, seed_ptr, p, scale, mask_ptr, mask_period,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
+    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """For rows wider than a tile, with g = grad·weight: projection[0] = mean(g·x-hat), projection[1] = mean(g)."""
-    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
-              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
+               factor)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
-    mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
     along = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     level = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
-        grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D, BLOCK_D, DROPOUT)
-        x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+        grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D, BLOCK_D,
+                         DROPOUT, MASK)  # fmt: skip
+        x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
+                        POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
         if WEIGHT:
             grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
-        along += grad * ((x - mean[:, None]) * rstd[:, None])
+        along += grad * _normalised(x, mean_ptr, rows, live, rstd, NORM)
         level += grad
     tl.store(projection_ptr + rows, tl.sum(along, axis=1) / D, mask=live)
     tl.store(projection_ptr + n + rows, tl.sum(level, axis=1) / D, mask=live)
@@ -211,18 +267,20 @@ def embed_projection_kernel(
 def embed_bwd_kernel(
     grad_rows_ptr, partial_ptr, projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows,
     position_ids_ptr, position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr,
-    type_weight_ptr, type_rows, type_period, n, norm_weight_ptr, seed_ptr, p, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, NEED_ROWS: tl.constexpr,
-    NEED_NORM: tl.constexpr,
+    type_weight_ptr, type_rows, type_period, extra_ptr, extra_period, factor, n, norm_weight_ptr, seed_ptr, p, scale,
+    mask_ptr, mask_period, row_scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
+    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the summed rows, and this program's part of the gradients of the norm's weight and bias.
+    """Gradient of the summed rows times row_scale, and this program's part of those of the norm's weight and bias.
 
     With x-hat = (x - mean)·rstd and g = grad·weight: dx = rstd·(g - x-hat·mean(g·x-hat) - mean(g)), and over the
-    rows dweight = Σ grad·x-hat, dbias = Σ grad.
+    rows dweight = Σ grad·x-hat, dbias = Σ grad. In an RMSNorm there is no mean, and no mean(g) either.
     """
-    tables = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
-              position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period)  # fmt: skip
+    sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
+               position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
+               factor)  # fmt: skip
     first = tl.program_id(1) * BLOCK_D
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -231,13 +289,14 @@ def embed_bwd_kernel(
     for start in range(tl.program_id(0) * BLOCK_N, n, tl.num_programs(0) * BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         live = rows < n
-        grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, D, BLOCK_D, DROPOUT)
+        grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D, BLOCK_D,
+                         DROPOUT, MASK)  # fmt: skip
         if NORM:
-            mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-            x = _summed_rows(rows, live, columns, tables, (), D, POSITION, TYPE, False)
+            x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
+                            POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
             # Beyond the last row or column x-hat is arbitrary, but grad is zero there and multiplies it everywhere.
-            x_hat = (x - mean[:, None]) * rstd[:, None]
+            x_hat = _normalised(x, mean_ptr, rows, live, rstd, NORM)
             if NEED_NORM:
                 weight_sum += grad * x_hat
                 bias_sum += grad
@@ -246,12 +305,21 @@ def embed_bwd_kernel(
                     grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
                 if WIDE:
                     along = tl.load(projection_ptr + rows, mask=live, other=0.0)
-                    level = tl.load(projection_ptr + n + rows, mask=live, other=0.0)
                 else:
                     along = tl.sum(grad * x_hat, axis=1) / D
-                    level = tl.sum(grad, axis=1) / D
-                grad = (grad - x_hat * along[:, None] - level[:, None]) * rstd[:, None]
+                dx = grad - x_hat * along[:, None]
+                if NORM == 1:
+                    if WIDE:
+                        level = tl.load(projection_ptr + n + rows, mask=live, other=0.0)
+                    else:
+                        level = tl.sum(grad, axis=1) / D
+                    dx -= level[:, None]
+                grad = dx * rstd[:, None]
         if NEED_ROWS:
+            if DROPOUT == 2:
+                grad = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), grad * scale, 0.0)
+            if SCALE:
+                grad *= row_scale
             at = grad_rows_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
             tl.store(at, grad.to(grad_rows_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
     if NEED_NORM:
@@ -315,60 +383,99 @@ def tile(width: int, itemsize: int, norm: bool, backward: bool) -> Tile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both kernels gather from. Tables are contiguous; ids are flat, position and type ids of N or S elements.
+    """What both kernels read beside the gradient. Tensors are contiguous.
 
-    A table without ids has implicit ones: positions position_start + s, type 0.
+    Attributes:
+        ids: flat, N elements; None where ``weight`` holds the rows themselves.
+        weight: (V, D), or (N, D) without ids.
+        scale: factor of the rows of ``weight``.
+        position_weight: (rows, D) or None; position_ids of N or S elements, None for position_start + s.
+        length: S.
+        type_weight: (rows, D) or None; type_ids of N or S elements, None for type 0.
+        extra: (N or S, D) or None.
+        mask: N or S elements, floating point or uint8, or None.
+        norm: ``"none"``, ``"layer"`` or ``"rms"``.
+        dropout_p, dropout_first, seed: dropout and whether it comes before the norm; its seed.
     """
 
-    ids: Tensor
+    ids: Tensor | None
     weight: Tensor
+    scale: float
     position_weight: Tensor | None
     position_ids: Tensor | None
     position_start: int
     length: int
     type_weight: Tensor | None
     type_ids: Tensor | None
+    extra: Tensor | None
+    mask: Tensor | None
+    norm: str
+    dropout_p: float
+    dropout_first: bool
+    seed: Tensor | None
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The kernels' arguments from ``ids_ptr`` to ``type_period``; absent tensors are stood in for."""
-        position_weight = self.weight if self.position_weight is None else self.position_weight
-        position_ids = self.ids if self.position_ids is None else self.position_ids
-        type_weight = self.weight if self.type_weight is None else self.type_weight
-        type_ids = self.ids if self.type_ids is None else self.type_ids
-        period = self.length if self.position_ids is None else self.position_ids.numel()
+    def sources(self) -> tuple[Any, ...]:
+        """The kernels' arguments from ``ids_ptr`` to ``factor``; ``weight`` stands in for what is not there."""
+        nothing = self.weight
+        position_weight = nothing if self.position_weight is None else self.position_weight
+        type_weight = nothing if self.type_weight is None else self.type_weight
+        extra = nothing if self.extra is None else self.extra
         return (
-            self.ids, self.weight, self.weight.shape[0], position_ids, position_weight, position_weight.shape[0],
-            self.position_start, period, type_ids, type_weight, type_weight.shape[0], type_ids.numel(),
+            nothing if self.ids is None else self.ids, self.weight, self.weight.shape[0],
+            nothing if self.position_ids is None else self.position_ids, position_weight, position_weight.shape[0],
+            self.position_start, self.length if self.position_ids is None else self.position_ids.numel(),
+            nothing if self.type_ids is None else self.type_ids, type_weight, type_weight.shape[0],
+            1 if self.type_ids is None else self.type_ids.numel(), extra, extra.shape[0], self.scale,
         )  # fmt: skip
 
-    def flags(self) -> dict[str, int]:
+    def dropout(self) -> tuple[Any, ...]:
+        """The kernels' arguments ``seed_ptr``, ``p`` and ``scale``."""
+        return self.weight if self.seed is None else self.seed, self.dropout_p, keep_scale(self.dropout_p)
+
+    def masked(self) -> tuple[Any, ...]:
+        """The kernels' arguments ``mask_ptr`` and ``mask_period``."""
+        return (self.weight, 1) if self.mask is None else (self.mask, self.mask.numel())
+
+    def flags(self) -> dict[str, Any]:
+        """The constexprs that every kernel but the last has."""
+
         def kind(table: Tensor | None, ids: Tensor | None) -> int:
             return 0 if table is None else 1 if ids is None else 2
 
         return {
             "D": self.weight.shape[1],
+            "GIVEN": self.ids is None,
+            "SCALE": self.scale != 1.0,
             "POSITION": kind(self.position_weight, self.position_ids),
             "TYPE": kind(self.type_weight, self.type_ids),
+            "EXTRA": self.extra is not None,
+            "NORM": NORMS.index(self.norm),
+            "DROPOUT": 0 if self.dropout_p == 0.0 else 2 if self.dropout_first else 1,
         }
 
 
 def embed_forward(
-    inputs: Inputs, out: Tensor, norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None, errors: tuple[Tensor, Tensor],
+    inputs: Inputs, out: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    errors: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill ``out`` (N, D); returns the rows' mean and rstd, fp32 (N), empty without a norm."""
-    n = inputs.ids.numel()
-    t = tile(inputs.weight.shape[1], inputs.weight.itemsize, norm, False)
-    mean, rstd = (torch.empty(n if norm else 0, dtype=torch.float32, device=out.device) for _ in range(2))
+    """Fill ``out`` (N, D); returns the rows' mean and rstd, fp32 (N), each empty where the norm has none."""
+    width = inputs.weight.shape[1]
+    n = out.numel() // width
+    norm = inputs.norm != "none"
+    t = tile(width, inputs.weight.itemsize, norm, False)
+    mean, rstd = (
+        torch.empty(n if there else 0, dtype=torch.float32, device=out.device)
+        for there in (inputs.norm == "layer", norm)
+    )
     grid = (triton.cdiv(n, t.block_n), t.chunks)
     common = {**inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1}
     if norm and t.chunks > 1:
-        embed_stats_kernel[grid[:1]](mean, rstd, *inputs.arguments(), n, eps, **common)
+        embed_stats_kernel[grid[:1]](mean, rstd, *inputs.sources(), n, eps, *inputs.dropout(), **common)
     embed_fwd_kernel[grid](
-        out, mean, rstd, *inputs.arguments(), n,
+        out, mean, rstd, *inputs.sources(), n,
         inputs.weight if norm_weight is None else norm_weight, inputs.weight if norm_bias is None else norm_bias,
-        eps, inputs.ids if seed is None else seed, dropout_p, keep_scale(dropout_p), *errors,
-        NORM=norm, WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, DROPOUT=dropout_p > 0.0,
+        eps, *inputs.dropout(), *inputs.masked(), *errors,
+        WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, MASK=inputs.mask is not None,
         WIDE=t.chunks > 1, **common,
     )  # fmt: skip
     return mean, rstd
@@ -381,15 +488,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def embed_backward(
-    inputs: Inputs, grad: Tensor, norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout_p: float, seed: Tensor | None, need_rows: bool, need_norm: bool,
+    inputs: Inputs, grad: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    row_scale: float, need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the summed rows (N, D) in the tables' dtype and of the norm's weight and bias in their own.
 
-    ``grad`` is (N, D), contiguous. What is not needed or not there comes back empty.
+    ``grad`` is (N, D), contiguous. The rows' gradients are multiplied by ``row_scale``, which is 1 unless
+    ``inputs.scale`` is not. What is not needed or not there comes back empty.
     """
-    n, width = inputs.ids.numel(), inputs.weight.shape[1]
+    width = inputs.weight.shape[1]
+    n = grad.numel() // width
     device = grad.device
+    norm = inputs.norm != "none"
     t = tile(width, inputs.weight.itemsize, norm, True)
     tiles = triton.cdiv(n, t.block_n)
     programs = tiles
@@ -400,18 +510,19 @@ def embed_backward(
     partial = torch.empty((programs if need_norm else 0, 2, width), dtype=torch.float32, device=device)
     projected = norm and need_rows and t.chunks > 1
     projection = torch.empty((2, n if projected else 0), dtype=torch.float32, device=device)
-    tables = inputs.arguments()
-    weight = inputs.weight if norm_weight is None else norm_weight
-    dropout = (inputs.ids if seed is None else seed, dropout_p, keep_scale(dropout_p))
+    shared = (
+        *inputs.sources(), n, inputs.weight if norm_weight is None else norm_weight, *inputs.dropout(),
+        *inputs.masked(),
+    )  # fmt: skip
     common = {
-        **inputs.flags(), "WEIGHT": norm_weight is not None, "DROPOUT": dropout_p > 0.0, "BLOCK_N": t.block_n,
+        **inputs.flags(), "WEIGHT": norm_weight is not None, "MASK": inputs.mask is not None, "BLOCK_N": t.block_n,
         "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1,
     }  # fmt: skip
     if projected:
-        embed_projection_kernel[(tiles,)](projection, grad, mean, rstd, *tables, n, weight, *dropout, **common)
+        embed_projection_kernel[(tiles,)](projection, grad, mean, rstd, *shared, **common)
     embed_bwd_kernel[(programs, t.chunks)](
-        grad_rows, partial, projection, grad, mean, rstd, *tables, n, weight, *dropout,
-        NORM=norm, WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
+        grad_rows, partial, projection, grad, mean, rstd, *shared, row_scale,
+        WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
     )  # fmt: skip
     weight_grad, bias_grad = (
         p.new_empty(p.shape) if need_norm and p is not None else inputs.weight.new_empty(0)
@@ -428,7 +539,11 @@ def embed_backward(
 _POINTERS = {
     "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32", "ids_ptr": "i64",
     "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32", "record_ptr": "i64",
+    "mask_ptr": "u8",
 }  # fmt: skip
+_FLOATS = ("eps", "p", "scale", "factor", "row_scale")
+# What BERT does; constexprs that are not here are on.
+_HEAVIEST = {"GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1, "MASK": False}
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -445,8 +560,8 @@ def compile_specs() -> list[CompileSpec]:
             if name.endswith("_ptr"):
                 signature[name] = "*" + types.get(name, dtype)
             elif name not in _constexprs(kernel):
-                signature[name] = "fp32" if name in ("eps", "p", "scale") else "i32"
-        flags = {name: constexprs.get(name, True) for name in _constexprs(kernel)}
+                signature[name] = "fp32" if name in _FLOATS else "i32"
+        flags = {name: {**_HEAVIEST, **constexprs}.get(name, True) for name in _constexprs(kernel)}
         specs.append(
             CompileSpec(
                 f"{kernel.__name__}[d{constexprs['D']},{label}{dtype}]", kernel, signature, flags, num_warps, 1,
@@ -467,21 +582,25 @@ def compile_specs() -> list[CompileSpec]:
                     add(embed_projection_kernel if backward else embed_stats_kernel, dtype, t.num_warps, **common)
         t = tile(4096, itemsize, False, False)
         tokens = {"D": 4096, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WIDE": True}
-        add(embed_fwd_kernel, dtype, t.num_warps, "tokens,", **tokens, POSITION=0, TYPE=0, NORM=False, DROPOUT=False)
+        add(embed_fwd_kernel, dtype, t.num_warps, "tokens,", **tokens, POSITION=0, TYPE=0, NORM=0, DROPOUT=0)
         add(embed_bwd_reduce_kernel, dtype, 4, D=768, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS)
 
     # Under autocast tables are bf16 and the norm fp32, as are the output and its gradient.
     fp32 = dict.fromkeys(("out_ptr", "grad_ptr", "norm_weight_ptr", "norm_bias_ptr"), "fp32")
     int32 = dict.fromkeys(("ids_ptr", "position_ids_ptr", "type_ids_ptr"), "i32")
-    gpt2 = {"NORM": False, "WEIGHT": False, "BIAS": False, "NEED_NORM": False}
+    everything = {"SCALE": True, "EXTRA": True, "DROPOUT": 2, "MASK": True}
+    given = {**everything, "GIVEN": True, "NORM": 2, "BIAS": False}
+    gpt2 = {"NORM": 0, "WEIGHT": False, "BIAS": False, "NEED_NORM": False}
     for label, pointers, position, kind, flags in (
         ("bert,", None, 1, 1, {}),
         ("autocast,", fp32, 1, 2, {}),
         ("int32,", int32, 2, 2, {}),
         ("gpt2,", None, 1, 0, gpt2),
+        ("everything,", None, 2, 2, everything),
+        ("rows given,", None, 1, 1, given),
     ):
         for kernel in (embed_fwd_kernel, embed_bwd_kernel):
-            t = tile(768, 2, flags.get("NORM", True), kernel is embed_bwd_kernel)
+            t = tile(768, 2, flags.get("NORM", 1) != 0, kernel is embed_bwd_kernel)
             common = {
                 "D": 768, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind,
                 "WIDE": t.chunks > 1,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +17,9 @@ from embedkernels.ops import ids as id_errors
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.ops.embed_checks import (
     check_call,
-    check_norm_parameters,
     check_saved,
-    check_seed,
     contiguous,
     kernel_inputs,
-    sequence_length,
 )
 from embedkernels.ops.embedding import lookup, stock_lookup
 from embedkernels.ops.embedding_grad import normalized_padding
@@ -33,51 +31,66 @@ _TABLES = ("token", "token type", "position")
 
 
 def embed(
-    ids: Tensor,
-    weight: Tensor,
+    ids: Tensor | None,
+    weight: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
+    scale: float = 1.0,
     position_weight: Tensor | None = None,
     position_ids: Tensor | None = None,
     position_start: int = 0,
     type_weight: Tensor | None = None,
     type_ids: Tensor | None = None,
+    extra: Tensor | None = None,
+    position_first: bool = False,
     norm: str | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-12,
     dropout_p: float = 0.0,
+    dropout_first: bool = False,
+    mask: Tensor | None = None,
     padding_idx: int | None = None,
     position_padding_idx: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Input embeddings of a transformer: y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])).
+    """Input embeddings of a transformer: y = drop(norm(scale·W[ids] + T[type_ids] + P[position_ids] + extra)) · mask.
 
-    Differentiable in the three tables and in the norm's weight and bias; on the Triton backend once (its gradient
-    has no derivative). Forward-mode derivatives and the transforms of ``torch.func`` run on PyTorch's own ops. On the
-    Triton backend one kernel writes y, and the backward pass gathers the rows and draws the dropout mask
-    again instead of reading saved activations: the tables must not change between forward and backward (PyTorch
-    raises if they do). Arithmetic is in fp32, results are bitwise reproducible.
+    Differentiable in the three tables, ``inputs_embeds``, ``extra`` and the norm's weight and bias; on the Triton
+    backend once (its gradient has no derivative). What needs no gradient costs no backward. Forward-mode derivatives
+    and the transforms of ``torch.func`` run on PyTorch's own ops. On the Triton backend one kernel writes y, and the
+    backward pass gathers the rows and draws the dropout mask again instead of reading saved activations: the tables
+    must not change between forward and backward (PyTorch raises if they do). Arithmetic is in fp32, results are
+    bitwise reproducible.
 
     Args:
-        ids: int32 or int64, (..., S), token ids in [0, V).
-        weight: W, (V, D), floating point.
+        ids: int32 or int64, (..., S), token ids in [0, V); None with ``inputs_embeds``.
+        weight: W, (V, D), floating point; None with ``inputs_embeds``.
+        inputs_embeds: (..., S, D), rows in the place of W[ids].
+        scale: factor of the token rows alone (BART, Gemma), finite.
         position_weight: P, (rows, D), or None for no positions.
-        position_ids: int32 or int64, broadcastable to the shape of ``ids``; None for position_start + s at the s-th
-            place of the last axis.
-        position_start: first position where ``position_ids`` is None, for decoding with a cache.
+        position_ids: int32 or int64, broadcastable to (..., S); None for position_start + s at the s-th place of the
+            last axis.
+        position_start: first position where ``position_ids`` is None: past tokens in a cache, and a table's offset.
         type_weight: T, (rows, D), or None for no token types.
-        type_ids: int32 or int64, broadcastable to the shape of ``ids``; None for type 0 everywhere.
-        norm: ``"layer"`` for LayerNorm over D (Ba, Kiros, Hinton, 2016), None for none.
+        type_ids: int32 or int64, broadcastable to (..., S); None for type 0 everywhere.
+        extra: broadcastable to (..., S, D) with D elements in its last axis, added last.
+        position_first: add the position before the type. The Triton backend adds in fp32, where the order is hardly
+            seen, and in one order; the torch backend rounds every sum, as Hugging Face's modules do.
+        norm: ``"layer"`` for LayerNorm over D (Ba, Kiros, Hinton, 2016), ``"rms"`` for RMSNorm (Zhang, Sennrich,
+            2019), None for none.
         norm_weight, norm_bias: (D,), of the tables' dtype or fp32; None leaves that part out.
-        norm_eps: added to the variance.
+        norm_eps: added to the variance, or to the mean square.
         dropout_p: probability of dropping an element, applied whenever it is positive (pass 0 in evaluation); kept
             elements are scaled by 1 / (1 - dropout_p). Reproducible with ``torch.manual_seed``.
+        dropout_first: drop before the norm instead of after it.
+        mask: broadcastable to (..., S), bool or a number: the factor of every row, 0 for padding. Gets no gradient.
         padding_idx: row of W that gets no gradient. Negative values count from the end.
         position_padding_idx: row of P that gets no gradient.
         backend: ``"triton"``, ``"torch"`` or None for the best there is.
 
     Returns:
-        (..., S, D), contiguous, in the dtype of ``weight``; under CUDA autocast fp32 with a norm, like LayerNorm's.
+        (..., S, D), contiguous, in the dtype of ``weight``; under CUDA autocast fp32 with a LayerNorm, like its own.
 
     Raises:
         IndexError: an id out of its table's range (on a GPU by the next call of an op or by
@@ -85,7 +98,7 @@ def embed(
             the position table.
         TypeError: ids that are not int32 or int64, tables that are not floating point or differ in dtype, an
             argument of another type than it has here.
-        ValueError: shapes, devices or settings that do not fit.
+        ValueError: shapes, devices or settings that do not fit, a mask that needs a gradient.
         NotImplementedError: ``backend="triton"`` with a forward-mode tangent or within a transform of ``torch.func``.
 
     Example:
@@ -95,171 +108,177 @@ def embed(
         >>> ek.embed(ids, words, position_weight=positions, norm="layer").shape
         torch.Size([2, 5, 8])
     """
-    position_start, norm_eps, dropout_p = check_call(
-        ids, weight, position_weight, position_ids, position_start, type_weight, type_ids, norm, norm_weight,
-        norm_bias, norm_eps, dropout_p,
+    rows = weight if inputs_embeds is None else inputs_embeds
+    numbers = check_call(
+        ids, weight, inputs_embeds, scale, position_weight, position_ids, position_start, type_weight, type_ids,
+        extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask,
     )  # fmt: skip
-    padding = normalized_padding(padding_idx, weight.shape[0], "embed")
+    assert rows is not None
+    scale, position_start, norm_eps, dropout_p = numbers
+    padding = -1 if weight is None else normalized_padding(padding_idx, weight.shape[0], "embed")
     position_padding = -1
     if position_weight is not None:
         position_padding = normalized_padding(
             position_padding_idx, position_weight.shape[0], "embed", "position_padding_idx"
         )
-    in_kernels = weight.dtype in _KERNEL_DTYPES
+    in_kernels = rows.dtype in _KERNEL_DTYPES
     if backend == "triton" and not in_kernels:
-        raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {weight.dtype}")
-    id_errors.begin(weight.device)
-    rows: Callable[..., Tensor] = functools.partial(lookup, backend=backend)
-    chosen = choose("embed", weight.device, backend).backend if in_kernels else "torch"
-    if needs_stock_autograd(weight, position_weight, type_weight, norm_weight, norm_bias):
-        check_stock_autograd("embed", weight.device, backend)
-        rows, chosen = stock_lookup, "torch"
+        raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {rows.dtype}")
+    id_errors.begin(rows.device)
+    look_up: Callable[..., Tensor] = functools.partial(lookup, backend=backend)
+    chosen = choose("embed", rows.device, backend).backend if in_kernels else "torch"
+    if needs_stock_autograd(rows, position_weight, type_weight, extra, norm_weight, norm_bias):
+        check_stock_autograd("embed", rows.device, backend)
+        look_up, chosen = stock_lookup, "torch"
     if chosen == "torch":
         return _composed(
-            rows, ids, weight, position_weight=position_weight, position_ids=position_ids,
-            position_start=position_start, type_weight=type_weight, type_ids=type_ids, norm=norm,
-            norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, dropout_p=dropout_p,
+            look_up, ids, weight, inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight,
+            position_ids=position_ids, position_start=position_start, type_weight=type_weight, type_ids=type_ids,
+            extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
+            norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask,
             padding_idx=padding if padding >= 0 else None,
             position_padding_idx=position_padding if position_padding >= 0 else None,
         )  # fmt: skip
+    shape = rows.shape[:-1] if ids is None else ids.shape
     seed = None
     if dropout_p > 0.0:
-        seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=ids.device)
+        seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=rows.device)
+    if extra is not None:
+        extra = _flat(extra, (*shape, rows.shape[-1]), 1)
     out: Tensor = torch.ops.embedkernels.embed_forward(
-        ids.contiguous(), weight, position_weight, _flat(position_ids, ids), position_start, type_weight,
-        _flat(type_ids, ids), norm is not None, norm_weight, norm_bias, norm_eps, dropout_p, seed,
-        weight.dtype if norm is None else reference.norm_dtype(weight.device, weight.dtype), padding,
-        position_padding,
+        None if ids is None else ids.contiguous(), rows, scale, position_weight, _flat(position_ids, shape),
+        position_start, type_weight, _flat(type_ids, shape), extra, _flat(mask, shape), norm or "none", norm_weight,
+        norm_bias, norm_eps, dropout_p, dropout_first and norm is not None, seed,
+        reference.norm_dtype(rows.device, rows.dtype) if norm == "layer" else rows.dtype, padding, position_padding,
     )[0]  # fmt: skip
     return out
 
 
-def _composed(rows: Callable[..., Tensor], ids: Tensor, weight: Tensor, **options: Any) -> Tensor:
+def _composed(rows: Callable[..., Tensor], ids: Tensor | None, weight: Tensor | None, **options: Any) -> Tensor:
     """The torch backend: ``rows`` looks up in one table after the other, and names it in its errors."""
     token, kind, position = (functools.partial(rows, table=table, op="embed") for table in _TABLES)
     return reference.embed(ids, weight, lookup=token, type_lookup=kind, position_lookup=position, **options)
 
 
-def _flat(given: Tensor | None, ids: Tensor) -> Tensor | None:
-    """Ids broadcast to the shape of ``ids``: their S values if every sequence has the same, else all N of them."""
+def _flat(given: Tensor | None, shape: Sequence[int], features: int = 0) -> Tensor | None:
+    """Broadcast to ``shape`` and flat but for the last ``features`` axes: what all sequences share is kept once.
+
+    Of the axes before, the last is the sequence: S rows if every sequence has the same, else all N of them.
+    """
     if given is None:
         return None
-    given = given.expand(ids.shape)
-    leading = range(ids.dim() - 1)
-    if ids.numel() > 0 and all(given.shape[axis] == 1 or given.stride(axis) == 0 for axis in leading):
+    given = given.expand(shape)
+    leading = range(given.dim() - 1 - features)
+    if given.numel() > 0 and all(given.shape[axis] == 1 or given.stride(axis) == 0 for axis in leading):
         for _ in leading:
             given = given[0]
-    return given.reshape(-1).contiguous()
+    return given.reshape(-1, *given.shape[given.dim() - features :]).contiguous()
 
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")
 _SHARED = (
-    "Tensor ids, Tensor weight, Tensor? position_weight, Tensor? position_ids, SymInt position_start, "
-    "Tensor? type_weight, Tensor? type_ids, bool norm, Tensor? norm_weight, Tensor? norm_bias"
+    "Tensor? ids, Tensor weight, float scale, Tensor? position_weight, Tensor? position_ids, SymInt position_start, "
+    "Tensor? type_weight, Tensor? type_ids, Tensor? extra, Tensor? mask, str norm, Tensor? norm_weight, "
+    "Tensor? norm_bias"
 )
 _library.define(
-    f"embed_forward({_SHARED}, float norm_eps, float dropout_p, Tensor? seed, ScalarType dtype, int padding_idx, "
-    "int position_padding_idx) -> (Tensor, Tensor, Tensor)"
+    f"embed_forward({_SHARED}, float norm_eps, float dropout_p, bool dropout_first, Tensor? seed, ScalarType dtype, "
+    "int padding_idx, int position_padding_idx) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"embed_backward(Tensor grad, {_SHARED}, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, "
-    "bool need_rows, bool need_norm) -> (Tensor, Tensor, Tensor)"
+    f"embed_backward(Tensor grad, {_SHARED}, Tensor mean, Tensor rstd, float dropout_p, bool dropout_first, "
+    "Tensor? seed, float row_scale, bool need_rows, bool need_norm) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _forward_impl(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None, norm: bool, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
-    padding_idx: int, position_padding_idx: int,
+    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, position_ids: Tensor | None,
+    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, extra: Tensor | None,
+    mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+    dropout_p: float, dropout_first: bool, seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
+    position_padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     device = weight.device
     id_errors.raise_pending(device)
     choose("embed", device, "triton")
-    inputs = kernel_inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
-    check_norm_parameters(norm, norm_weight, norm_bias, weight)
-    check_seed(dropout_p, seed, weight)
+    inputs = kernel_inputs(
+        ids, weight, scale, position_weight, position_ids, position_start, type_weight, type_ids, extra, mask, norm,
+        norm_weight, norm_bias, dropout_p, dropout_first, seed,
+    )  # fmt: skip
     if device.type == "cpu":
-        id_errors.check_ids(ids, weight.shape[0], "token", "embed")
-        if type_weight is not None and type_ids is not None:
-            id_errors.check_ids(type_ids, type_weight.shape[0], "token type", "embed")
-        if position_weight is not None and position_ids is not None:
-            id_errors.check_ids(position_ids, position_weight.shape[0], "position", "embed")
-    out = weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
-    if ids.numel() == 0:
+        for given, table, name in (
+            (ids, weight, "token"), (type_ids, type_weight, "token type"),
+            (position_ids, position_weight, "position"),
+        ):  # fmt: skip
+            if given is not None and table is not None:
+                id_errors.check_ids(given, table.shape[0], name, "embed")
+    shape = weight.shape if ids is None else (*ids.shape, weight.shape[1])
+    out = weight.new_empty(shape, dtype=dtype)
+    if out.numel() == 0:
         return out, weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, dtype=torch.float32)
     from embedkernels.kernels import embed as kernels
 
     errors = id_errors.error_state(device)
     with torch.cuda.device_of(weight):
         mean, rstd = kernels.embed_forward(
-            inputs,
-            out,
-            norm,
-            contiguous(norm_weight),
-            contiguous(norm_bias),
-            norm_eps,
-            dropout_p,
-            seed,
-            (errors.flag, errors.record),
+            inputs, out, contiguous(norm_weight), contiguous(norm_bias), norm_eps, (errors.flag, errors.record)
         )
     id_errors.after_launch(device)
     return out, mean, rstd
 
 
 def _forward_fake(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None, norm: bool, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
-    padding_idx: int, position_padding_idx: int,
+    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, position_ids: Tensor | None,
+    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, extra: Tensor | None,
+    mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
+    dropout_p: float, dropout_first: bool, seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
+    position_padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = ids.numel() if norm else 0
-    mean, rstd = (weight.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype), mean, rstd
+    shape = weight.shape if ids is None else (*ids.shape, weight.shape[1])
+    rows = math.prod(shape[:-1])
+    mean, rstd = (
+        weight.new_empty(rows if there else 0, dtype=torch.float32) for there in (norm == "layer", norm != "none")
+    )
+    return weight.new_empty(shape, dtype=dtype), mean, rstd
 
 
 def _backward_impl(
-    grad: Tensor, ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None,
-    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, norm: bool,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float,
-    seed: Tensor | None, need_rows: bool, need_norm: bool,
+    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None,
+    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None, type_ids: Tensor | None,
+    extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None, row_scale: float,
+    need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     choose("embed", weight.device, "triton")
-    inputs = kernel_inputs(ids, weight, position_weight, position_ids, position_start, type_weight, type_ids)
-    check_norm_parameters(norm, norm_weight, norm_bias, weight)
-    check_seed(dropout_p, seed, weight)
+    inputs = kernel_inputs(
+        ids, weight, scale, position_weight, position_ids, position_start, type_weight, type_ids, extra, mask, norm,
+        norm_weight, norm_bias, dropout_p, dropout_first, seed, grad=grad,
+    )  # fmt: skip
     check_saved(grad, ids, weight, norm, mean, rstd)
-    if ids.numel() == 0:
+    width = weight.shape[-1]
+    if grad.numel() == 0:
         norm_grads = (
             p.new_zeros(p.shape) if need_norm and p is not None else weight.new_empty(0)
             for p in (norm_weight, norm_bias)
         )
-        return (weight.new_empty((0, weight.shape[1])), *norm_grads)  # type: ignore[return-value]
+        return (weight.new_empty((0, width)), *norm_grads)  # type: ignore[return-value]
     from embedkernels.kernels import embed as kernels
 
     with torch.cuda.device_of(weight):
         return kernels.embed_backward(
-            inputs,
-            grad.contiguous(),
-            norm,
-            contiguous(norm_weight),
-            contiguous(norm_bias),
-            mean,
-            rstd,
-            dropout_p,
-            seed,
-            need_rows,
-            need_norm,
-        )
+            inputs, grad.contiguous(), contiguous(norm_weight), contiguous(norm_bias), mean, rstd, row_scale,
+            need_rows, need_norm,
+        )  # fmt: skip
 
 
 def _backward_fake(
-    grad: Tensor, ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None,
-    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, norm: bool,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float,
-    seed: Tensor | None, need_rows: bool, need_norm: bool,
+    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None,
+    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None, type_ids: Tensor | None,
+    extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None, row_scale: float,
+    need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = weight.new_empty((ids.numel() if need_rows else 0, weight.shape[1]))
+    rows = weight.new_empty((math.prod(grad.shape[:-1]) if need_rows else 0, weight.shape[-1]))
     weight_grad, bias_grad = (
         p.new_empty(p.shape) if need_norm and p is not None else weight.new_empty(0) for p in (norm_weight, norm_bias)
     )
@@ -267,61 +286,88 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    (ids, weight, position_weight, position_ids, ctx.position_start, type_weight, type_ids, ctx.norm, norm_weight,
-     norm_bias, _, ctx.dropout_p, seed, _, ctx.padding_idx, ctx.position_padding_idx) = inputs  # fmt: skip
+    (ids, weight, ctx.scale, position_weight, position_ids, ctx.position_start, type_weight, type_ids, extra, mask,
+     ctx.norm, norm_weight, norm_bias, _, ctx.dropout_p, ctx.dropout_first, seed, _, ctx.padding_idx,
+     ctx.position_padding_idx) = inputs  # fmt: skip
     _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.dtype = weight.dtype
-    ctx.rows, ctx.position_rows, ctx.type_rows = (
-        0 if table is None else table.shape[0] for table in (weight, position_weight, type_weight)
+    ctx.dtype, ctx.shape = weight.dtype, weight.shape
+    ctx.position_rows, ctx.type_rows, ctx.extra_rows = (
+        0 if table is None else table.shape[0] for table in (position_weight, type_weight, extra)
     )
-    # Without a norm the gradient does not depend on the rows: do not keep the tables.
-    tables = (weight, position_weight, type_weight, norm_weight, norm_bias) if ctx.norm else (None,) * 5
-    ctx.save_for_backward(ids, position_ids, type_ids, *tables, mean, rstd, seed)
+    # Without a norm the gradient does not depend on the rows: do not keep what they are made of.
+    tables: tuple[Tensor | None, ...] = (weight, position_weight, type_weight, extra, norm_weight, norm_bias)
+    if ctx.norm == "none":
+        tables = (None,) * len(tables)
+    ctx.save_for_backward(ids, position_ids, type_ids, mask, *tables, mean, rstd, seed)
+
+
+# The arguments of embed_forward, in their order.
+_ARGUMENTS = (
+    "ids", "weight", "scale", "position_weight", "position_ids", "position_start", "type_weight", "type_ids", "extra",
+    "mask", "norm", "norm_weight", "norm_bias", "norm_eps", "dropout_p", "dropout_first", "seed", "dtype",
+    "padding_idx", "position_padding_idx",
+)  # fmt: skip
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    _, need_word, need_position, _, _, need_type, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    ids, position_ids, type_ids, weight, position_weight, type_weight, norm_weight, norm_bias, mean, rstd, seed = (
-        ctx.saved_tensors
-    )
+    need = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     if grad is None:
-        return (None,) * 16
-    need_rows, need_norm = need_word or need_position or need_type, need_weight or need_bias
-    weight_grad = bias_grad = None
-    if ctx.norm or ctx.dropout_p > 0.0:
+        return (None,) * len(_ARGUMENTS)
+    (ids, position_ids, type_ids, mask, weight, position_weight, type_weight, extra, norm_weight, norm_bias, mean,
+     rstd, seed) = ctx.saved_tensors  # fmt: skip
+    # The factor is that of the token rows alone: the kernel applies it only where nothing else needs a gradient.
+    others = need["position_weight"] or need["type_weight"] or need["extra"]
+    row_scale = ctx.scale if need["weight"] and not others else 1.0
+    need_rows, need_norm = need["weight"] or others, need["norm_weight"] or need["norm_bias"]
+    width = grad.shape[-1]
+    grads: dict[str, Tensor] = {}
+    if ctx.norm != "none" or ctx.dropout_p > 0.0 or mask is not None or row_scale != 1.0:
         if weight is None:  # only its dtype and width matter without a norm
-            weight = torch.empty((0, grad.shape[-1]), dtype=ctx.dtype, device=grad.device)
+            weight = torch.empty((0, width), dtype=ctx.dtype, device=grad.device)
+        norm = ctx.norm != "none"
         rows, weight_grad, bias_grad = torch.ops.embedkernels.embed_backward(
-            grad, ids, weight, position_weight, position_ids, ctx.position_start, type_weight, type_ids, ctx.norm,
-            norm_weight, norm_bias, mean, rstd, ctx.dropout_p, seed, need_rows, need_norm,
+            grad, ids, weight, ctx.scale, position_weight, position_ids if norm else None,
+            ctx.position_start if norm else 0, type_weight, type_ids if norm else None, extra, mask, ctx.norm,
+            norm_weight, norm_bias, mean, rstd, ctx.dropout_p, ctx.dropout_first, seed, row_scale, need_rows,
+            need_norm,
         )  # fmt: skip
+        grads |= {"norm_weight": weight_grad, "norm_bias": bias_grad}
     else:
-        rows = grad.reshape(ids.numel(), grad.shape[-1]).to(ctx.dtype)
-    word = position = kind = None
-    if need_word:
-        word = torch.ops.embedkernels.embedding_backward(rows, ids.reshape(-1), ctx.rows, ctx.padding_idx)
-    # What is the same in every sequence is summed over the sequences first.
-    n, length = ids.numel(), sequence_length(ids)
-    shared_position = need_position and (position_ids is None or position_ids.numel() == length)
-    shared_type = need_type and type_ids is not None and type_ids.numel() == length
-    by_place = rows
-    if n > length and (shared_position or shared_type):
-        by_place = rows.view(n // length, length, rows.shape[1]).sum(0, dtype=rows.dtype)
-    if need_position:
-        source = by_place if shared_position else rows
-        position = _table_grad(source, position_ids, ctx.position_start, ctx.position_rows, ctx.position_padding_idx)
-    if need_type:
-        if type_ids is None:
-            source = rows.sum(0, keepdim=True, dtype=rows.dtype)
+        rows = grad.reshape(-1, width).to(ctx.dtype)
+    if need["weight"]:
+        scaled = rows if row_scale == ctx.scale else rows * ctx.scale
+        if ids is None:
+            grads["weight"] = scaled.view(ctx.shape)
         else:
-            source = by_place if shared_type else rows
-        kind = _table_grad(source, type_ids, 0, ctx.type_rows, -1)
-    return (
-        None, word, position, None, None, kind, None, None, weight_grad if need_weight else None,
-        bias_grad if need_bias else None, None, None, None, None, None, None,
-    )  # fmt: skip
+            grads["weight"] = torch.ops.embedkernels.embedding_backward(
+                scaled, ids.reshape(-1), ctx.shape[0], ctx.padding_idx
+            )
+    # What is the same in every sequence is summed over the sequences first.
+    n, length = rows.shape[0], grad.shape[-2] if grad.dim() > 1 else 1
+    shared = {
+        "position_weight": position_ids is None or position_ids.numel() == length,
+        "type_weight": type_ids is not None and type_ids.numel() == length,
+        "extra": ctx.extra_rows == length,
+    }
+    by_place = rows
+    if n > length and any(shared[name] and need[name] for name in shared):
+        by_place = rows.view(n // length, length, width).sum(0, dtype=rows.dtype)
+
+    def source(name: str) -> Tensor:
+        return by_place if shared[name] else rows
+
+    if need["position_weight"]:
+        grads["position_weight"] = _table_grad(
+            source("position_weight"), position_ids, ctx.position_start, ctx.position_rows, ctx.position_padding_idx
+        )
+    if need["type_weight"]:
+        summed = rows.sum(0, keepdim=True, dtype=rows.dtype) if type_ids is None else source("type_weight")
+        grads["type_weight"] = _table_grad(summed, type_ids, 0, ctx.type_rows, -1)
+    if need["extra"]:
+        grads["extra"] = source("extra")
+    return tuple(grads[name] if need[name] else None for name in _ARGUMENTS)
 
 
 def _table_grad(source: Tensor, ids: Tensor | None, start: int, rows: int, padding_idx: int) -> Tensor:

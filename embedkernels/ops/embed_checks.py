@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,39 +15,71 @@ from embedkernels.ops.embedding_grad import check_ids_tensor
 if TYPE_CHECKING:
     from embedkernels.kernels.embed import Inputs
 
+# Products with it should be normal numbers in float32.
+_LARGEST_SCALE, _SMALLEST_SCALE = 2.0**100, 2.0**-100
 
-def sequence_length(ids: Tensor) -> int:
-    """S, the last axis; 1 for a lone id."""
-    return ids.shape[-1] if ids.dim() else 1
+NORMS = (None, "layer", "rms")
 
 
 def check_call(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None, norm: str | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float,
-) -> tuple[int, float, float]:  # fmt: skip
-    """The arguments of the public function. Returns position_start, norm_eps and dropout_p, as numbers."""
-    _check_tables(ids, weight, position_weight, type_weight)
-    _check_more_ids("position_ids", position_ids, ids, "position_weight", position_weight)
-    _check_more_ids("type_ids", type_ids, ids, "type_weight", type_weight)
+    ids: Tensor | None, weight: Tensor | None, inputs_embeds: Tensor | None, scale: float,
+    position_weight: Tensor | None, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None, extra: Tensor | None, norm: str | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, mask: Tensor | None,
+) -> tuple[float, int, float, float]:  # fmt: skip
+    """The arguments of the public function. Returns scale, position_start, norm_eps and dropout_p, as numbers."""
+    if inputs_embeds is not None:
+        if ids is not None or weight is not None:
+            raise ValueError("embed: inputs_embeds stands in the place of ids and weight, which then must be None")
+        rows = inputs_embeds
+        _check_rows("inputs_embeds", rows)
+        shape = rows.shape[:-1]
+    else:
+        rows = _checked_weight(weight)
+        check_ids_tensor(ids, "embed")  # type: ignore[arg-type]
+        assert ids is not None
+        _check_device("ids", ids, rows)
+        shape = ids.shape
+    _check_table("position_weight", position_weight, rows)
+    _check_table("type_weight", type_weight, rows)
+    _check_more_ids("position_ids", position_ids, shape, rows, "position_weight", position_weight)
+    _check_more_ids("type_ids", type_ids, shape, rows, "type_weight", type_weight)
     position_start = checked_int(position_start, "position_start", "embed")
     _check_start(position_weight, position_ids, position_start)
-    check_implicit_ids(ids, position_weight, position_ids, position_start, type_weight, type_ids)
-    if norm not in (None, "layer"):
-        raise ValueError(f"embed: norm must be None or 'layer', got {norm!r}")
-    check_norm_parameters(norm is not None, norm_weight, norm_bias, weight)
+    length = shape[-1] if shape else 1
+    check_implicit_ids(length, position_weight, position_ids, position_start, type_weight, type_ids)
+    if extra is not None:
+        _check_broadcast("extra", extra, (*shape, rows.shape[-1]), rows)
+        if extra.dtype != rows.dtype:
+            raise TypeError(f"embed: extra must be {rows.dtype} like the tables, got {extra.dtype}")
+        if extra.shape[-1:] != rows.shape[-1:]:
+            raise ValueError(f"embed: extra must have D = {rows.shape[-1]} columns, got shape {tuple(extra.shape)}")
+    if mask is not None:
+        _check_broadcast("mask", mask, shape, rows)
+        if mask.requires_grad:
+            raise ValueError("embed: mask gets no gradient, but requires one: detach it")
+    if norm not in NORMS:
+        raise ValueError(f"embed: norm must be None, 'layer' or 'rms', got {norm!r}")
+    check_norm_parameters(norm is not None, norm_weight, norm_bias, rows)
     norm_eps = checked_number(norm_eps, "norm_eps", "embed")
     if not 0.0 <= norm_eps < math.inf:
         raise ValueError(f"embed: norm_eps must be finite and not negative, got {norm_eps}")
-    return position_start, norm_eps, checked_dropout(dropout_p)
+    return checked_scale(scale), position_start, norm_eps, checked_dropout(dropout_p)
+
+
+def checked_scale(scale: float) -> float:
+    """``scale`` as a number, which must be one in float32 too."""
+    scale = checked_number(scale, "scale", "embed")
+    if not _SMALLEST_SCALE <= abs(scale) <= _LARGEST_SCALE:
+        raise ValueError(f"embed: scale must be between 2**-100 and 2**100 in magnitude, got {scale}")
+    return scale
 
 
 def check_implicit_ids(
-    ids: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
+    length: int, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
     type_weight: Tensor | None, type_ids: Tensor | None,
 ) -> None:  # fmt: skip
     """IndexError where position_start + s, or type 0, is no row of its table."""
-    length = sequence_length(ids)
     if position_weight is not None and position_ids is None and position_start + length > position_weight.shape[0]:
         rows = position_weight.shape[0]
         raise IndexError(
@@ -66,8 +99,8 @@ def check_norm_parameters(norm: bool, norm_weight: Tensor | None, norm_bias: Ten
         _check_is_tensor(name, parameter)
         if not norm:
             raise ValueError(f"embed: {name} is given, but norm is None")
-        if tuple(parameter.shape) != (weight.shape[1],):
-            raise ValueError(f"embed: {name} must be (D,) = ({weight.shape[1]},), got {tuple(parameter.shape)}")
+        if tuple(parameter.shape) != (weight.shape[-1],):
+            raise ValueError(f"embed: {name} must be (D,) = ({weight.shape[-1]},), got {tuple(parameter.shape)}")
         if parameter.dtype not in (weight.dtype, torch.float32):
             raise TypeError(f"embed: {name} must be {weight.dtype} like weight, or float32, got {parameter.dtype}")
         _check_device(name, parameter, weight)
@@ -86,31 +119,68 @@ def checked_dropout(dropout_p: float) -> float:
 
 
 def kernel_inputs(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None,
+    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, position_ids: Tensor | None,
+    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, extra: Tensor | None,
+    mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, dropout_p: float,
+    dropout_first: bool, seed: Tensor | None, grad: Tensor | None = None,
 ) -> Inputs:  # fmt: skip
-    """What the kernels gather from. Guards what addresses rest on: the ops can be called without ``embed``."""
-    from embedkernels.kernels.embed import MOST_ROWS, Inputs
+    """What the kernels read. Guards what addresses rest on: the ops can be called without ``embed``.
 
-    n, length = ids.numel(), sequence_length(ids)
+    With ``grad``, for the backward pass: without a norm it reads no rows, and ``weight`` need not have any.
+    """
+    from embedkernels.kernels.embed import MOST_ROWS, NORMS, Inputs
+
+    if ids is not None:
+        check_ids_tensor(ids, "embed")
+        _check_device("ids", ids, weight)
+        _checked_weight(weight)
+    else:
+        _check_rows("inputs_embeds", weight)
+    if norm not in NORMS:
+        raise ValueError(f"embed: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    width = weight.shape[-1]
+    shape = weight.shape[:-1] if ids is None else ids.shape
+    if grad is not None and norm == "none":
+        shape = grad.shape[:-1]
+        ids = position_weight = type_weight = extra = None
+    n, length = math.prod(shape), shape[-1] if shape else 1
     if n > MOST_ROWS:
-        raise ValueError(f"embed: ids has {n} elements, at most {MOST_ROWS} are supported")
-    _check_tables(ids, weight, position_weight, type_weight)
-    for name, given in (("position_ids", position_ids), ("type_ids", type_ids)):
+        raise ValueError(f"embed: there are {n} rows, at most {MOST_ROWS} are supported")
+    _check_table("position_weight", position_weight, weight)
+    _check_table("type_weight", type_weight, weight)
+    for name, given in (("position_ids", position_ids), ("type_ids", type_ids), ("mask", mask)):
         if given is None:
             continue
         if given.numel() not in (n, length):
             raise ValueError(f"embed: {name} must have {n} or {length} elements, got {given.numel()}")
-        if given.dtype not in (torch.int32, torch.int64):
+        if given.dtype not in (torch.int32, torch.int64) and name != "mask":
             raise TypeError(f"embed: {name} must be int32 or int64, got {given.dtype}")
         _check_device(name, given, weight)
+    if extra is not None:
+        if extra.dim() != 2 or extra.shape[0] not in (n, length) or extra.shape[1] != width:
+            raise ValueError(f"embed: extra must be ({n} or {length}, {width}), got {tuple(extra.shape)}")
+        if extra.dtype != weight.dtype:
+            raise TypeError(f"embed: extra must be {weight.dtype} like the tables, got {extra.dtype}")
+        _check_device("extra", extra, weight)
     if position_start < 0:
         raise ValueError(f"embed: position_start must not be negative, got {position_start}")
-    check_implicit_ids(ids, position_weight, position_ids, position_start, type_weight, type_ids)
+    check_implicit_ids(length, position_weight, position_ids, position_start, type_weight, type_ids)
+    check_norm_parameters(norm != "none", norm_weight, norm_bias, weight)
+    check_seed(dropout_p, seed, weight)
     return Inputs(
-        ids.contiguous(), weight.contiguous(), contiguous(position_weight), contiguous(position_ids), position_start,
-        length, contiguous(type_weight), contiguous(type_ids),
+        contiguous(ids), weight.reshape(-1, width).contiguous(), checked_scale(scale), contiguous(position_weight),
+        contiguous(position_ids), position_start, length, contiguous(type_weight), contiguous(type_ids),
+        contiguous(extra), _factors(mask), norm, dropout_p, dropout_first, seed,
     )  # fmt: skip
+
+
+def _factors(mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it: bools as bytes, and in fp32 what they would not compute with."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        return mask.contiguous().view(torch.uint8)
+    return (mask.float() if mask.dtype == torch.float64 else mask).contiguous()
 
 
 def check_seed(dropout_p: float, seed: Tensor | None, weight: Tensor) -> None:
@@ -123,14 +193,19 @@ def check_seed(dropout_p: float, seed: Tensor | None, weight: Tensor) -> None:
     _check_device("seed", seed, weight)
 
 
-def check_saved(grad: Tensor, ids: Tensor, weight: Tensor, norm: bool, mean: Tensor, rstd: Tensor) -> None:
+def check_saved(
+    grad: Tensor, ids: Tensor | None, weight: Tensor, norm: str, mean: Tensor, rstd: Tensor
+) -> None:  # fmt: skip
     """What the backward reads beside the inputs."""
-    n, width = ids.numel(), weight.shape[1]
-    if grad.numel() != n * width:
+    width = weight.shape[-1]
+    n = grad.numel() // width
+    if norm != "none":
+        n = weight.numel() // width if ids is None else ids.numel()
+    if grad.shape[-1:] != (width,) or grad.numel() != n * width:
         raise ValueError(f"embed: grad must have {n} x {width} elements, got shape {tuple(grad.shape)}")
     _check_device("grad", grad, weight)
-    for name, saved in (("mean", mean), ("rstd", rstd)):
-        if norm and (saved.dtype != torch.float32 or saved.numel() != n):
+    for name, saved, there in (("mean", mean, norm == "layer"), ("rstd", rstd, norm != "none")):
+        if there and (saved.dtype != torch.float32 or saved.numel() != n):
             raise ValueError(f"embed: {name} must be float32 ({n},), got {saved.dtype} {tuple(saved.shape)}")
         _check_device(name, saved, weight)
 
@@ -149,33 +224,41 @@ def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
         raise ValueError(f"embed: {name} is on {tensor.device}, weight is on {weight.device}")
 
 
-def _check_tables(ids: Tensor, weight: Tensor, position_weight: Tensor | None, type_weight: Tensor | None) -> None:
-    check_ids_tensor(ids, "embed")
+def _checked_weight(weight: Tensor | None) -> Tensor:
     _check_is_tensor("weight", weight)
+    assert weight is not None
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"embed: weight must be 2-D (V, D) with D >= 1, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise TypeError(f"embed: weight must be floating point, got {weight.dtype}")
-    _check_device("ids", ids, weight)
-    _check_table("position_weight", position_weight, weight)
-    _check_table("type_weight", type_weight, weight)
+    return weight
 
 
-def _check_table(name: str, table: Tensor | None, weight: Tensor) -> None:
+def _check_rows(name: str, rows: Tensor) -> None:
+    _check_is_tensor(name, rows)
+    if rows.dim() == 0 or rows.shape[-1] == 0:
+        raise ValueError(f"embed: {name} must be (..., S, D) with D >= 1, got shape {tuple(rows.shape)}")
+    if not rows.is_floating_point():
+        raise TypeError(f"embed: {name} must be floating point, got {rows.dtype}")
+
+
+def _check_table(name: str, table: Tensor | None, rows: Tensor) -> None:
     if table is None:
         return
     _check_is_tensor(name, table)
-    if table.dim() != 2 or table.shape[1] != weight.shape[1]:
+    width = rows.shape[-1]
+    if table.dim() != 2 or table.shape[1] != width:
         raise ValueError(
-            f"embed: {name} must be 2-D (rows, D) with D = {weight.shape[1]} as in weight, "
-            f"got shape {tuple(table.shape)}"
+            f"embed: {name} must be 2-D (rows, D) with D = {width} as in weight, got shape {tuple(table.shape)}"
         )
-    if table.dtype != weight.dtype:
-        raise TypeError(f"embed: {name} must be {weight.dtype} like weight, got {table.dtype}")
-    _check_device(name, table, weight)
+    if table.dtype != rows.dtype:
+        raise TypeError(f"embed: {name} must be {rows.dtype} like weight, got {table.dtype}")
+    _check_device(name, table, rows)
 
 
-def _check_more_ids(name: str, given: Tensor | None, ids: Tensor, table_name: str, table: Tensor | None) -> None:
+def _check_more_ids(
+    name: str, given: Tensor | None, shape: torch.Size, rows: Tensor, table_name: str, table: Tensor | None
+) -> None:
     if given is None:
         return
     _check_is_tensor(name, given)
@@ -183,13 +266,15 @@ def _check_more_ids(name: str, given: Tensor | None, ids: Tensor, table_name: st
         raise ValueError(f"embed: {name} is given, but {table_name} is None")
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"embed: {name} must be int32 or int64, got {given.dtype}")
-    pairs = zip(reversed(given.shape), reversed(ids.shape), strict=False)
-    if given.dim() > ids.dim() or not all(size in (1, wanted) for size, wanted in pairs):
-        raise ValueError(
-            f"embed: {name} must broadcast to the shape of ids, {tuple(ids.shape)}, got shape {tuple(given.shape)}"
-        )
-    if given.device != ids.device:
-        raise ValueError(f"embed: {name} is on {given.device}, ids is on {ids.device}")
+    _check_broadcast(name, given, shape, rows)
+
+
+def _check_broadcast(name: str, given: Tensor, shape: Sequence[int], rows: Tensor) -> None:
+    _check_is_tensor(name, given)
+    pairs = zip(reversed(given.shape), reversed(shape), strict=False)
+    if given.dim() > len(shape) or not all(size in (1, wanted) for size, wanted in pairs):
+        raise ValueError(f"embed: {name} must broadcast to the shape {tuple(shape)}, got shape {tuple(given.shape)}")
+    _check_device(name, given, rows)
 
 
 def _check_start(table: Tensor | None, position_ids: Tensor | None, start: int) -> None:

@@ -18,19 +18,25 @@ class Lookup(Protocol):
 
 
 def embed(
-    ids: Tensor,
-    weight: Tensor,
+    ids: Tensor | None,
+    weight: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
+    scale: float = 1.0,
     position_weight: Tensor | None = None,
     position_ids: Tensor | None = None,
     position_start: int = 0,
     type_weight: Tensor | None = None,
     type_ids: Tensor | None = None,
+    extra: Tensor | None = None,
+    position_first: bool = False,
     norm: str | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-12,
     dropout_p: float = 0.0,
+    dropout_first: bool = False,
+    mask: Tensor | None = None,
     padding_idx: int | None = None,
     position_padding_idx: int | None = None,
     lookup: Lookup = F.embedding,
@@ -38,7 +44,7 @@ def embed(
     position_lookup: Lookup | None = None,
     seed: Tensor | int | None = None,
 ) -> Tensor:
-    """y = dropout(norm((W[ids] + T[type_ids]) + P[position_ids])), op by op in the order of Hugging Face's BERT.
+    """y = dropout(norm(scale·W[ids] + T[type_ids] + P[position_ids] + extra)) · mask, op by op as Hugging Face does.
 
     The arguments are those of :func:`embedkernels.embed`, and these:
 
@@ -48,24 +54,51 @@ def embed(
         seed: the dropout mask is that of ``reference.random.row_keep_mask``; None draws it with ``F.dropout``.
 
     Returns:
-        (*ids.shape, D).
+        (..., S, D).
     """
-    y = lookup(ids, weight, padding_idx=padding_idx)
-    if type_weight is not None:
-        if type_ids is None:
-            type_ids = torch.zeros((1,) * ids.dim(), dtype=torch.int64, device=ids.device)
-        y = y + (type_lookup or lookup)(type_ids, type_weight)
-    if position_weight is not None:
-        if position_ids is None:
-            length = ids.shape[-1] if ids.dim() else 1
-            position_ids = torch.arange(position_start, position_start + length, device=ids.device)
-            position_ids = position_ids.reshape(ids.shape[-1:])
-        y = y + (position_lookup or lookup)(position_ids, position_weight, padding_idx=position_padding_idx)
-    if norm is not None:
+    if inputs_embeds is not None:
+        y = inputs_embeds
+    else:
+        assert ids is not None
+        assert weight is not None
+        y = lookup(ids, weight, padding_idx=padding_idx)
+    shape = y.shape[:-1]
+    if scale != 1.0:
+        y = y * scale
+
+    def types(y: Tensor) -> Tensor:
+        if type_weight is None:
+            return y
+        at = torch.zeros((1,) * len(shape), dtype=torch.int64, device=y.device) if type_ids is None else type_ids
+        return y + (type_lookup or lookup)(at, type_weight)
+
+    def positions(y: Tensor) -> Tensor:
+        if position_weight is None:
+            return y
+        at = position_ids
+        if at is None:
+            length = shape[-1] if shape else 1
+            at = torch.arange(position_start, position_start + length, device=y.device).reshape(shape[-1:])
+        return y + (position_lookup or lookup)(at, position_weight, padding_idx=position_padding_idx)
+
+    y = types(positions(y)) if position_first else positions(types(y))
+    if extra is not None:
+        y = y + extra
+
+    def dropout(y: Tensor) -> Tensor:
+        if dropout_p == 0.0:
+            return y
+        return F.dropout(y, dropout_p) if seed is None else _seeded_dropout(y, dropout_p, seed)
+
+    if dropout_first:
+        y = dropout(y)
+    if norm == "layer":
         y = _layer_norm(y, norm_weight, norm_bias, norm_eps)
-    if dropout_p > 0.0:
-        y = F.dropout(y, dropout_p) if seed is None else _seeded_dropout(y, dropout_p, seed)
-    return y
+    elif norm == "rms":
+        y = _rms_norm(y, norm_weight, norm_bias, norm_eps)
+    if not dropout_first:
+        y = dropout(y)
+    return y if mask is None else y * mask.unsqueeze(-1).to(y.dtype)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -75,6 +108,16 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         return F.layer_norm(x, shape, weight, bias, eps)
     # fp32 parameters over 16-bit tables: not every device takes the mixture.
     return F.layer_norm(x.to(parameter.dtype), shape, weight, bias, eps).to(norm_dtype(x.device, x.dtype))
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if weight is not None:
+        y = weight * y
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
 
 
 def norm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

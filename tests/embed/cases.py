@@ -13,6 +13,12 @@ from embedkernels.reference.embed import embed as reference_embed
 from tests.contract import assert_within_contract
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Together with the parameters of an RMSNorm.
+RMS_NORMS = ("rms plain", "rms weight", "rms both")
+SOURCES = ("lookup", "given")
+EXTRAS = ("none", "full", "one row", "one place")
+MASKS = ("none", "bool", "one row", "float", "int")
+SCALES = (1.0, 27.5, -0.3)
 PARAMETERS = ("weight", "position_weight", "type_weight", "norm_weight", "norm_bias")
 POSITIONS = ("none", "arange", "start", "ids", "one row", "expanded")
 TYPES = ("none", "zeros", "ids", "one row")
@@ -24,7 +30,7 @@ SEED_LIMIT = 2**62
 class Case:
     """A call of ``embed``: ids, parameters by name, everything else by keyword."""
 
-    ids: Tensor
+    ids: Tensor | None
     parameters: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +71,11 @@ def make(
     position_padding_idx: int | None = None,
     id_dtype: torch.dtype = torch.int64,
     norm_eps: float = 1e-5,
+    source: str = "lookup",
+    scale: float = 1.0,
+    extra: str = "none",
+    mask: str = "none",
+    dropout_first: bool = False,
 ) -> Case:
     """A case with random ids and parameters; 11 tokens, so that rows meet again."""
     length = shape[-1] if shape else 1
@@ -77,8 +88,22 @@ def make(
     def table(count: int) -> Tensor:
         return torch.randn(count, width, device=device).to(dtype).requires_grad_()
 
-    parameters = {"weight": table(11)}
-    options: dict[str, Any] = {"dropout_p": dropout_p, "padding_idx": padding_idx}
+    def some_rows(*size: int) -> Tensor:
+        return torch.randn(*size, width, device=device).to(dtype).requires_grad_()
+
+    parameters = {"weight": table(11)} if source == "lookup" else {"inputs_embeds": some_rows(*shape)}
+    options: dict[str, Any] = {"dropout_p": dropout_p, "padding_idx": padding_idx if source == "lookup" else None}
+    if scale != 1.0:
+        options["scale"] = scale
+    if dropout_first:
+        options["dropout_first"] = True
+    if extra != "none":
+        parameters["extra"] = some_rows(*{"full": shape, "one row": lone, "one place": (1,)}[extra])
+    if mask != "none":
+        factors = torch.rand(lone if mask == "one row" else shape, device=device)
+        options["mask"] = (
+            factors if mask == "float" else (factors < 0.7).to(torch.int64 if mask == "int" else torch.bool)
+        )
     if positions != "none":
         parameters["position_weight"] = table(rows)
         options["position_padding_idx"] = position_padding_idx
@@ -92,12 +117,13 @@ def make(
     if types in ("ids", "one row"):
         options["type_ids"] = some_ids(3, shape if types == "ids" else lone)
     if norm != "none":
-        options |= {"norm": "layer", "norm_eps": norm_eps}
+        options |= {"norm": "rms" if norm.startswith("rms") else "layer", "norm_eps": norm_eps}
+        norm = norm.removeprefix("rms ")
     if norm in ("weight", "both"):
         parameters["norm_weight"] = (1 + 0.5 * torch.randn(width, device=device)).to(dtype).requires_grad_()
     if norm in ("bias", "both"):
         parameters["norm_bias"] = torch.randn(width, device=device).to(dtype).requires_grad_()
-    return Case(some_ids(11, shape), parameters, options)
+    return Case(some_ids(11, shape) if source == "lookup" else None, parameters, options)
 
 
 def drawn_seed(manual_seed: int, device: torch.device | str) -> Tensor:
@@ -108,7 +134,8 @@ def drawn_seed(manual_seed: int, device: torch.device | str) -> Tensor:
 
 def assert_contract(case: Case) -> None:
     """Output and each gradient of ``case`` on the Triton backend, under the numerical contract."""
-    seed = drawn_seed(5, case.ids.device) if case.options["dropout_p"] > 0 else None
+    device = next(iter(case.parameters.values())).device
+    seed = drawn_seed(5, device) if case.options["dropout_p"] > 0 else None
     torch.manual_seed(5)
     ours = case.run()
     theirs = case.reference(seed)

@@ -84,14 +84,13 @@ def launch(case: Case, errors: ErrorState, norm: bool) -> tuple[torch.Tensor, to
 
     p, o = case.parameters, case.options
     inputs = kernels.Inputs(
-        case.ids.flatten(), p["weight"].detach(), p["position_weight"].detach(), o["position_ids"].flatten(), 0,
-        case.ids.shape[-1], p["type_weight"].detach(), o["type_ids"].flatten(),
+        case.ids.flatten(), p["weight"].detach(), 1.0, p["position_weight"].detach(), o["position_ids"].flatten(), 0,
+        case.ids.shape[-1], p["type_weight"].detach(), o["type_ids"].flatten(), None, None,
+        "layer" if norm else "none", 0.0, False, None,
     )  # fmt: skip
     out = torch.full((case.ids.numel(), p["weight"].shape[1]), float("nan"), device=case.ids.device)
-    mean, rstd = kernels.embed_forward(inputs, out, norm, None, None, 1e-5, 0.0, None, (errors.flag, errors.record))
-    rows, _, _ = kernels.embed_backward(
-        inputs, torch.ones_like(out), norm, None, None, mean, rstd, 0.0, None, True, False
-    )
+    mean, rstd = kernels.embed_forward(inputs, out, None, None, 1e-5, (errors.flag, errors.record))
+    rows, _, _ = kernels.embed_backward(inputs, torch.ones_like(out), None, None, mean, rstd, 1.0, True, False)
     return out, rows
 
 
@@ -179,6 +178,8 @@ def test_a_sequence_longer_than_the_position_table_is_refused(
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 WEIGHT = torch.zeros(5, 4)
+ROWS = torch.zeros(2, 3, 4)
+GIVEN: dict[str, Any] = {"ids": None, "weight": None, "inputs_embeds": ROWS}
 ELSEWHERE = torch.device("meta")
 
 
@@ -200,7 +201,7 @@ ELSEWHERE = torch.device("meta")
         (
             {"position_weight": WEIGHT, "position_ids": IDS[:, :2]},
             ValueError,
-            r"position_ids must broadcast to the shape of ids, \(2, 3\), got shape \(2, 2\)",
+            r"position_ids must broadcast to the shape \(2, 3\), got shape \(2, 2\)",
         ),
         ({"position_weight": WEIGHT, "position_ids": IDS[None]}, ValueError, r"got shape \(1, 2, 3\)"),
         (
@@ -216,7 +217,7 @@ ELSEWHERE = torch.device("meta")
         ({"type_weight": WEIGHT[0]}, ValueError, r"type_weight must be 2-D .* got shape \(4,\)"),
         ({"type_ids": IDS}, ValueError, "type_ids is given, but type_weight is None"),
         ({"type_weight": WEIGHT, "type_ids": IDS.to(ELSEWHERE)}, ValueError, "type_ids is on meta"),
-        ({"norm": "rms"}, ValueError, "norm must be None or 'layer', got 'rms'"),
+        ({"norm": "group"}, ValueError, "norm must be None, 'layer' or 'rms', got 'group'"),
         ({"norm_weight": WEIGHT[0]}, ValueError, "norm_weight is given, but norm is None"),
         ({"norm": "layer", "norm_bias": WEIGHT}, ValueError, r"norm_bias must be \(D,\) = \(4,\), got \(5, 4\)"),
         ({"norm": "layer", "norm_weight": WEIGHT[0].half()}, TypeError, "norm_weight must be torch.float32"),
@@ -260,6 +261,24 @@ ELSEWHERE = torch.device("meta")
         ({"type_weight": WEIGHT[:0], "backend": "triton"}, IndexError, "but type_weight has 0 rows"),
         ({"position_weight": WEIGHT[:2], "backend": "triton"}, IndexError, "but position_weight has 2 rows"),
         ({"dropout_p": "0.5"}, TypeError, "dropout_p must be a number, got str"),
+        ({"scale": None}, TypeError, "scale must be a number, got NoneType"),
+        ({"scale": float("inf")}, ValueError, r"scale must be between 2\*\*-100 and 2\*\*100 in magnitude, got inf"),
+        ({"scale": 0.0}, ValueError, "in magnitude, got 0.0"),
+        ({"ids": None}, TypeError, "ids must be a Tensor, got NoneType"),
+        ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
+        ({"inputs_embeds": ROWS}, ValueError, "inputs_embeds stands in the place of ids and weight"),
+        ({**GIVEN, "inputs_embeds": ROWS.long()}, TypeError, "inputs_embeds must be floating point"),
+        ({**GIVEN, "inputs_embeds": ROWS[..., :0]}, ValueError, r"inputs_embeds must be .* got shape \(2, 3, 0\)"),
+        ({**GIVEN, "inputs_embeds": [1.0]}, TypeError, "inputs_embeds must be a Tensor, got list"),
+        ({**GIVEN, "type_weight": WEIGHT, "type_ids": IDS[:, :2]}, ValueError, r"broadcast to the shape \(2, 3\)"),
+        ({"extra": ROWS[..., :1]}, ValueError, r"extra must have D = 4 columns, got shape \(2, 3, 1\)"),
+        ({"extra": ROWS[:, :2]}, ValueError, r"extra must broadcast to the shape \(2, 3, 4\), got shape \(2, 2, 4\)"),
+        ({"extra": ROWS.half()}, TypeError, "extra must be torch.float32 like the tables, got torch.float16"),
+        ({"extra": 1.0}, TypeError, "extra must be a Tensor, got float"),
+        ({"extra": ROWS.to(ELSEWHERE)}, ValueError, "extra is on meta, weight is on cpu"),
+        ({"mask": IDS[:, :2]}, ValueError, r"mask must broadcast to the shape \(2, 3\), got shape \(2, 2\)"),
+        ({"mask": [1]}, TypeError, "mask must be a Tensor, got list"),
+        ({"mask": torch.ones(2, 3, requires_grad=True)}, ValueError, "mask gets no gradient, but requires one"),
         ({"norm": "layer", "norm_eps": "1e-5"}, TypeError, "norm_eps must be a number, got str"),
         ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
         ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
@@ -278,10 +297,11 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
 def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
     """A sound call of the forward op; the op can be reached without ``embed``, so it guards its own addresses."""
     return {
-        "ids": IDS.to(device), "weight": WEIGHT.to(device), "position_weight": None, "position_ids": None,
-        "position_start": 0, "type_weight": None, "type_ids": None, "norm": True, "norm_weight": None,
-        "norm_bias": None, "norm_eps": 1e-5, "dropout_p": 0.0, "seed": None, "dtype": torch.float32,
-        "padding_idx": -1, "position_padding_idx": -1, **changes,
+        "ids": IDS.to(device), "weight": WEIGHT.to(device), "scale": 1.0, "position_weight": None,
+        "position_ids": None, "position_start": 0, "type_weight": None, "type_ids": None, "extra": None, "mask": None,
+        "norm": "layer", "norm_weight": None, "norm_bias": None, "norm_eps": 1e-5, "dropout_p": 0.0,
+        "dropout_first": False, "seed": None, "dtype": torch.float32, "padding_idx": -1, "position_padding_idx": -1,
+        **changes,
     }  # fmt: skip
 
 
@@ -296,7 +316,15 @@ def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
         ({"type_weight": WEIGHT[:0]}, IndexError, "type_weight has 0 rows"),
         ({"norm_weight": WEIGHT[0, :3]}, ValueError, r"norm_weight must be \(D,\) = \(4,\), got \(3,\)"),
         ({"norm_bias": WEIGHT[0].double()}, TypeError, "norm_bias must be torch.float32"),
-        ({"norm": False, "norm_bias": WEIGHT[0]}, ValueError, "norm_bias is given, but norm is None"),
+        ({"norm": "none", "norm_bias": WEIGHT[0]}, ValueError, "norm_bias is given, but norm is None"),
+        ({"norm": "group"}, ValueError, "norm must be one of none, layer, rms, got 'group'"),
+        ({"extra": WEIGHT}, ValueError, r"extra must be \(6 or 3, 4\), got \(5, 4\)"),
+        ({"extra": WEIGHT[:3, :3]}, ValueError, r"extra must be \(6 or 3, 4\), got \(3, 3\)"),
+        ({"extra": WEIGHT[:3].double()}, TypeError, "extra must be torch.float32 like the tables"),
+        ({"mask": IDS[0, :2]}, ValueError, "mask must have 6 or 3 elements, got 2"),
+        ({"scale": float("nan")}, ValueError, "scale must be between"),
+        ({"ids": None, "weight": WEIGHT.int()}, TypeError, "inputs_embeds must be floating point"),
+        ({"ids": None, "weight": WEIGHT, "extra": WEIGHT[:3]}, ValueError, r"extra must be \(5 or 5, 4\)"),
         ({"dropout_p": 0.5}, ValueError, "seed must be int64 with 1 element where dropout_p is positive, got None"),
         ({"dropout_p": 0.5, "seed": IDS.int()}, ValueError, r"got torch.int32 \(2, 3\)"),
         ({"weight": WEIGHT[0]}, ValueError, r"weight must be 2-D"),
@@ -318,9 +346,9 @@ def test_the_op_itself_refuses_what_would_read_beyond_a_tensor(
 def test_the_backward_op_refuses_what_it_would_read_beyond(short: str, device: torch.device) -> None:
     arguments = op_arguments(device, norm_weight=torch.ones(4, device=device))
     y, mean, rstd = torch.ops.embedkernels.embed_forward(**arguments)
-    shared = {name: arguments[name] for name in list(arguments)[:10]}
-    given = {"grad": y, **shared, "mean": mean, "rstd": rstd, "dropout_p": 0.0, "seed": None}
-    given |= {"need_rows": True, "need_norm": True}
+    shared = {name: arguments[name] for name in list(arguments)[:13]}
+    given = {"grad": y, **shared, "mean": mean, "rstd": rstd, "dropout_p": 0.0, "dropout_first": False, "seed": None}
+    given |= {"row_scale": 1.0, "need_rows": True, "need_norm": True}
     torch.ops.embedkernels.embed_backward(**given)
     with pytest.raises(ValueError, match=f"embed: {short} must"):
         torch.ops.embedkernels.embed_backward(**{**given, short: given[short].flatten()[:-1]})

@@ -16,11 +16,14 @@ from tests.embed.cases import NORMS, PARAMETERS, Case, make
 
 def op_arguments(case: Case, dropout_p: float) -> tuple[Any, ...]:
     p, o = case.parameters, case.options
-    flat = [o[name].flatten() if name in o else None for name in ("position_ids", "type_ids")]
+    flat = {name: o[name].flatten() if name in o else None for name in ("position_ids", "type_ids", "mask")}
+    extra = p["extra"].reshape(-1, p["extra"].shape[-1]) if "extra" in p else None
     seed = torch.tensor([12345], device=case.ids.device) if dropout_p > 0 else None
+    rows = p["weight"] if "weight" in p else p["inputs_embeds"]
     return (
-        case.ids, p["weight"], p.get("position_weight"), flat[0], 0, p.get("type_weight"), flat[1], "norm" in o,
-        p.get("norm_weight"), p.get("norm_bias"), 1e-5, dropout_p, seed, p["weight"].dtype, 0, -1,
+        case.ids, rows, o.get("scale", 1.0), p.get("position_weight"), flat["position_ids"], 0, p.get("type_weight"),
+        flat["type_ids"], extra, flat["mask"], o.get("norm", "none"), p.get("norm_weight"), p.get("norm_bias"), 1e-5,
+        dropout_p, o.get("dropout_first", False), seed, rows.dtype, 0, -1,
     )  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def test_backward_op_passes_opcheck(need: tuple[bool, bool], device: torch.devic
     out, mean, rstd = torch.ops.embedkernels.embed_forward(*arguments)
     torch.library.opcheck(
         torch.ops.embedkernels.embed_backward,
-        (torch.randn_like(out), *arguments[:10], mean, rstd, 0.2, arguments[12], *need),
+        (torch.randn_like(out), *arguments[:13], mean, rstd, *arguments[14:17], 1.0, *need),
     )
 
 
@@ -235,7 +238,7 @@ def test_under_cuda_autocast_every_backend_has_stock_s_output_dtype(
 def test_output_may_be_fp32_over_16_bit_tables(device: torch.device) -> None:
     case = make((3, 4), 8, dtype=torch.bfloat16, device=device)
     arguments = list(op_arguments(case, 0.0))
-    arguments[13] = torch.float32
+    arguments[-3] = torch.float32
     y = torch.ops.embedkernels.embed_forward(*arguments)[0]
     assert y.dtype == torch.float32
     wide = case.to(torch.float32)
