@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attention": "embedkernels.ops.attention",
     "check_errors": "embedkernels.ops.ids",
+    "count_positions": "embedkernels.ops.positions",
     "embed": "embedkernels.ops.embed",
     "embedding": "embedkernels.ops.embedding",
     "embedding_grad": "embedkernels.ops.embedding_grad",
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "attention",
     "check_errors",
+    "count_positions",
     "embed",
     "embedding",
     "embedding_grad",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from embedkernels.ops.embedding import embedding
     from embedkernels.ops.embedding_grad import embedding_grad, embedding_plan
     from embedkernels.ops.ids import check_errors
+    from embedkernels.ops.positions import count_positions
     from embedkernels.ops.rope import rope
 
 

@@ -34,9 +34,12 @@ from torch import Tensor
 
 from embedkernels.kernels.ids import EMBED, report_bad_id
 from embedkernels.kernels.random import keep_scale, row_keep_mask
+from embedkernels.kernels.sinusoids import constants, sinusoid_rows
 from embedkernels.kernels.specs import CompileSpec
+from embedkernels.reference.sinusoids import MOST_POSITIONS
 
 MOST_ROWS = 2**30 - 2**16
+_MOST_POSITIONS = tl.constexpr(MOST_POSITIONS)
 # By the number that the kernels know a norm by.
 NORMS = ("none", "layer", "rms")
 WIDEST = 8192
@@ -67,6 +70,18 @@ def _table(table_ptr, table_rows, ids, live, rows, columns, errors, D: tl.conste
 
 
 @triton.jit
+def _sinusoids(constants_ptr, padding, ids, live, rows, columns, errors, D: tl.constexpr, ROUNDED: tl.constexpr,
+               REPORT: tl.constexpr):  # fmt: skip
+    """(BLOCK_N, BLOCK_D) fp32 rows of fixed positions; zeros for ``padding`` and where an id is out of range."""
+    known = live & (ids >= 0) & (ids < _MOST_POSITIONS)
+    if REPORT:
+        bad = live & (known == 0) & (tl.program_id(1) == 0)
+        report_bad_id(bad, ids, rows.to(tl.int64), _MOST_POSITIONS, 1, EMBED, errors[0], errors[1])
+    x = sinusoid_rows(constants_ptr, ids, columns, D, ROUNDED)
+    return tl.where((known & (ids != padding))[:, None], x, 0.0)
+
+
+@triton.jit
 def _every_row(row_ptr, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_N, BLOCK_D) fp32, one row of memory in every row of the tile.
 
@@ -78,11 +93,14 @@ def _every_row(row_ptr, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-                 POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, REPORT: tl.constexpr):  # fmt: skip
+                 POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr,
+                 REPORT: tl.constexpr):  # fmt: skip
     """((factor·W[ids] + T[type_ids]) + P[position_ids]) + extra of a tile, in fp32.
 
     GIVEN: the rows themselves stand in the place of W, and there are no ids. POSITION and TYPE: 0 no such table,
-    1 implicit ids (position_start + s; type 0), 2 ids from memory. What is the same in every sequence is stored once:
+    1 implicit ids (position_start + s; type 0), 2 ids from memory. SINUSOIDS: 0 a learned table, else constants of
+    ``kernels.sinusoids`` stand in its place, and the position whose row is zeros in that of its size; 2 where angles
+    are rounded. EXTRA: whether there is such a term. What is the same in every sequence is stored once:
     row r uses number r % period. ``errors`` is (flag_ptr, record_ptr).
     """
     (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
@@ -100,12 +118,17 @@ def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: t
     if TYPE == 2:
         ids = tl.load(type_ids_ptr + rows % type_period, mask=live, other=0).to(tl.int64)
         x += _table(type_weight_ptr, type_rows, ids, live, rows, columns, errors, D, 2, REPORT)
-    if POSITION == 1:
-        ids = (position_start + rows % position_period).to(tl.int64)
-        x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, False)
-    if POSITION == 2:
-        ids = tl.load(position_ids_ptr + rows % position_period, mask=live, other=0).to(tl.int64)
-        x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1, REPORT)
+    if POSITION:
+        if POSITION == 1:
+            ids = (position_start + rows % position_period).to(tl.int64)
+        else:
+            ids = tl.load(position_ids_ptr + rows % position_period, mask=live, other=0).to(tl.int64)
+        if SINUSOIDS:
+            x += _sinusoids(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, SINUSOIDS == 2,
+                            REPORT and POSITION == 2)  # fmt: skip
+        else:
+            x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1,
+                        REPORT and POSITION == 2)  # fmt: skip
     if EXTRA:
         ids = (rows % extra_period).to(tl.int64)
         x += _table(extra_ptr, extra_period, ids, live, rows, columns, errors, D, 0, False)
@@ -115,9 +138,10 @@ def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: t
 @triton.jit
 def _norm_input(rows, live, first, columns, sources, errors, seed_ptr, p, scale, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr,
-                TYPE: tl.constexpr, EXTRA: tl.constexpr, DROPOUT: tl.constexpr, REPORT: tl.constexpr):  # fmt: skip
+                TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr, DROPOUT: tl.constexpr,
+                REPORT: tl.constexpr):  # fmt: skip
     """The summed rows, after the dropout where that comes before the norm (DROPOUT == 2)."""
-    x = _summed_rows(rows, live, columns, sources, errors, D, GIVEN, SCALE, POSITION, TYPE, EXTRA, REPORT)
+    x = _summed_rows(rows, live, columns, sources, errors, D, GIVEN, SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, REPORT)
     if DROPOUT == 2:
         x = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), x * scale, 0.0)
     return x
@@ -127,9 +151,9 @@ def _norm_input(rows, live, first, columns, sources, errors, seed_ptr, p, scale,
 def embed_stats_kernel(
     mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows,
     position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-    factor, n, eps, seed_ptr, p, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
+    factor, n, eps, seed_ptr, p, scale, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr,
+    EXTRA: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/std of summed rows wider than a tile: one walk for the mean, one for the centred squares.
 
@@ -146,14 +170,14 @@ def embed_stats_kernel(
         for first in range(0, D, BLOCK_D):
             columns = first + tl.arange(0, BLOCK_D)
             total += _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN,
-                                 SCALE, POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
+                                 SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
         mean = tl.sum(total, axis=1) / D
         tl.store(mean_ptr + rows, mean, mask=live)
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                        POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
+                        POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
         centred = tl.where((columns < D)[None, :], x - mean[:, None], 0.0)
         squares += centred * centred
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps), mask=live)
@@ -164,10 +188,10 @@ def embed_fwd_kernel(
     out_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr,
     position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr,
     extra_period, factor, n, norm_weight_ptr, norm_bias_ptr, eps, seed_ptr, p, scale, mask_ptr, mask_period, flag_ptr,
-    record_ptr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    record_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr,
+    SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of y. Mean and rstd are written with it, or read where WIDE.
 
@@ -182,7 +206,7 @@ def embed_fwd_kernel(
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < D
     y = _norm_input(rows, live, first, columns, sources, (flag_ptr, record_ptr), seed_ptr, p, scale, D, BLOCK_D,
-                    GIVEN, SCALE, POSITION, TYPE, EXTRA, DROPOUT, True)  # fmt: skip
+                    GIVEN, SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, True)  # fmt: skip
     if NORM:
         if WIDE:
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
@@ -237,8 +261,8 @@ def embed_projection_kernel(
     position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows,
     type_period, extra_ptr, extra_period, factor, n, norm_weight_ptr, seed_ptr, p, scale, mask_ptr, mask_period,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr,
+    WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """For rows wider than a tile, with g = grad·weight: projection[0] = mean(g·x-hat), projection[1] = mean(g)."""
     sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
@@ -254,7 +278,7 @@ def embed_projection_kernel(
         grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D, BLOCK_D,
                          DROPOUT, MASK)  # fmt: skip
         x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                        POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
+                        POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
         if WEIGHT:
             grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
         along += grad * _normalised(x, mean_ptr, rows, live, rstd, NORM)
@@ -268,10 +292,10 @@ def embed_bwd_kernel(
     grad_rows_ptr, partial_ptr, projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows,
     position_ids_ptr, position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr,
     type_weight_ptr, type_rows, type_period, extra_ptr, extra_period, factor, n, norm_weight_ptr, seed_ptr, p, scale,
-    mask_ptr, mask_period, row_scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-    POSITION: tl.constexpr, TYPE: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    DROPOUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_NORM: tl.constexpr,
+    mask_ptr, mask_period, row_scale, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr,
+    EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_NORM: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the summed rows times row_scale, and this program's part of those of the norm's weight and bias.
 
@@ -294,7 +318,7 @@ def embed_bwd_kernel(
         if NORM:
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
             x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                            POSITION, TYPE, EXTRA, DROPOUT, False)  # fmt: skip
+                            POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
             # Beyond the last row or column x-hat is arbitrary, but grad is zero there and multiplies it everywhere.
             x_hat = _normalised(x, mean_ptr, rows, live, rstd, NORM)
             if NEED_NORM:
@@ -389,7 +413,10 @@ class Inputs:
         ids: flat, N elements; None where ``weight`` holds the rows themselves.
         weight: (V, D), or (N, D) without ids.
         scale: factor of the rows of ``weight``.
-        position_weight: (rows, D) or None; position_ids of N or S elements, None for position_start + s.
+        position_weight: (rows, D) or None.
+        sinusoids: a layout of fixed positions in the place of a table, or ``"none"``.
+        zero_position: with sinusoids, the position whose row is zeros; -1 for none.
+        position_ids: of N or S elements, None for position_start + s.
         length: S.
         type_weight: (rows, D) or None; type_ids of N or S elements, None for type 0.
         extra: (N or S, D) or None.
@@ -402,6 +429,8 @@ class Inputs:
     weight: Tensor
     scale: float
     position_weight: Tensor | None
+    sinusoids: str
+    zero_position: int
     position_ids: Tensor | None
     position_start: int
     length: int
@@ -417,12 +446,17 @@ class Inputs:
     def sources(self) -> tuple[Any, ...]:
         """The kernels' arguments from ``ids_ptr`` to ``factor``; ``weight`` stands in for what is not there."""
         nothing = self.weight
-        position_weight = nothing if self.position_weight is None else self.position_weight
+        position_weight, position_rows = nothing, 0
+        if self.position_weight is not None:
+            position_weight, position_rows = self.position_weight, self.position_weight.shape[0]
+        elif self.sinusoids != "none":
+            position_weight = constants(nothing.shape[1], self.sinusoids, nothing.device)
+            position_rows = self.zero_position
         type_weight = nothing if self.type_weight is None else self.type_weight
         extra = nothing if self.extra is None else self.extra
         return (
             nothing if self.ids is None else self.ids, self.weight, self.weight.shape[0],
-            nothing if self.position_ids is None else self.position_ids, position_weight, position_weight.shape[0],
+            nothing if self.position_ids is None else self.position_ids, position_weight, position_rows,
             self.position_start, self.length if self.position_ids is None else self.position_ids.numel(),
             nothing if self.type_ids is None else self.type_ids, type_weight, type_weight.shape[0],
             1 if self.type_ids is None else self.type_ids.numel(), extra, extra.shape[0], self.scale,
@@ -439,15 +473,16 @@ class Inputs:
     def flags(self) -> dict[str, Any]:
         """The constexprs that every kernel but the last has."""
 
-        def kind(table: Tensor | None, ids: Tensor | None) -> int:
-            return 0 if table is None else 1 if ids is None else 2
+        def kind(there: bool, ids: Tensor | None) -> int:
+            return 0 if not there else 1 if ids is None else 2
 
         return {
             "D": self.weight.shape[1],
             "GIVEN": self.ids is None,
             "SCALE": self.scale != 1.0,
-            "POSITION": kind(self.position_weight, self.position_ids),
-            "TYPE": kind(self.type_weight, self.type_ids),
+            "POSITION": kind(self.position_weight is not None or self.sinusoids != "none", self.position_ids),
+            "SINUSOIDS": {"none": 0, "fairseq": 2}.get(self.sinusoids, 1),
+            "TYPE": kind(self.type_weight is not None, self.type_ids),
             "EXTRA": self.extra is not None,
             "NORM": NORMS.index(self.norm),
             "DROPOUT": 0 if self.dropout_p == 0.0 else 2 if self.dropout_first else 1,
@@ -543,7 +578,7 @@ _POINTERS = {
 }  # fmt: skip
 _FLOATS = ("eps", "p", "scale", "factor", "row_scale")
 # What BERT does; constexprs that are not here are on.
-_HEAVIEST = {"GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1, "MASK": False}
+_HEAVIEST = {"SINUSOIDS": 0, "GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1, "MASK": False}
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -598,6 +633,8 @@ def compile_specs() -> list[CompileSpec]:
         ("gpt2,", None, 1, 0, gpt2),
         ("everything,", None, 2, 2, everything),
         ("rows given,", None, 1, 1, given),
+        ("sinusoids,", {"position_weight_ptr": "fp32"}, 1, 0, {"SINUSOIDS": 1, "SCALE": True}),
+        ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),
     ):
         for kernel in (embed_fwd_kernel, embed_bwd_kernel):
             t = tile(768, 2, flags.get("NORM", 1) != 0, kernel is embed_bwd_kernel)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embedkernels.ops.embed import embed
 from embedkernels.ops.embedding_grad import normalized_padding
-from embedkernels.reference.embed import positions_from_padding
+from embedkernels.ops.positions import count_positions
 
 
 class FusedInputEmbeddings(nn.Module):
@@ -122,7 +122,10 @@ class FusedInputEmbeddings(nn.Module):
         )  # fmt: skip
         if self.positions == "padding" and position_ids is None:
             assert words.padding_idx is not None
-            position_ids = positions_from_padding(ids, words.padding_idx, position_start)
+            position_ids = count_positions(
+                ids, padding_idx=words.padding_idx, start=words.padding_idx + position_start,
+                padding_position=words.padding_idx,
+            )  # fmt: skip
             position_start = 0
         return embed(
             ids,

@@ -27,6 +27,7 @@ SUPPORTED: dict[str, tuple[Backend, ...]] = {
     "embedding_grad": ("extension", "triton", "torch"),
     "attention": ("triton", "torch"),
     "rope": ("triton", "torch"),
+    "count_positions": ("triton", "torch"),
 }
 
 

@@ -20,10 +20,12 @@ from embedkernels.ops.embed_checks import (
     check_saved,
     contiguous,
     kernel_inputs,
+    position_rows,
 )
 from embedkernels.ops.embedding import lookup, stock_lookup
 from embedkernels.ops.embedding_grad import normalized_padding
 from embedkernels.reference import embed as reference
+from embedkernels.reference.sinusoids import MOST_POSITIONS
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEED_LIMIT = 2**62
@@ -37,6 +39,7 @@ def embed(
     inputs_embeds: Tensor | None = None,
     scale: float = 1.0,
     position_weight: Tensor | None = None,
+    sinusoids: str | None = None,
     position_ids: Tensor | None = None,
     position_start: int = 0,
     type_weight: Tensor | None = None,
@@ -69,6 +72,10 @@ def embed(
         inputs_embeds: (..., S, D), rows in the place of W[ids].
         scale: factor of the token rows alone (BART, Gemma), finite.
         position_weight: P, (rows, D), or None for no positions.
+        sinusoids: fixed positions in the place of P, computed where they are added: ``"interleaved"`` (Vaswani et
+            al., 2017), ``"halves"`` (Marian, Pegasus) or ``"fairseq"`` (M2M100, XGLM), see
+            :mod:`embedkernels.reference.sinusoids`. Positions are below 2**24; below 2**16 the rows are exact to a
+            unit in the last place of float32.
         position_ids: int32 or int64, broadcastable to (..., S); None for position_start + s at the s-th place of the
             last axis.
         position_start: first position where ``position_ids`` is None: past tokens in a cache, and a table's offset.
@@ -86,7 +93,7 @@ def embed(
         dropout_first: drop before the norm instead of after it.
         mask: broadcastable to (..., S), bool or a number: the factor of every row, 0 for padding. Gets no gradient.
         padding_idx: row of W that gets no gradient. Negative values count from the end.
-        position_padding_idx: row of P that gets no gradient.
+        position_padding_idx: row of P that gets no gradient; with sinusoids the position whose row is zeros.
         backend: ``"triton"``, ``"torch"`` or None for the best there is.
 
     Returns:
@@ -110,14 +117,16 @@ def embed(
     """
     rows = weight if inputs_embeds is None else inputs_embeds
     numbers = check_call(
-        ids, weight, inputs_embeds, scale, position_weight, position_ids, position_start, type_weight, type_ids,
-        extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask,
+        ids, weight, inputs_embeds, scale, position_weight, sinusoids, position_padding_idx, position_ids,
+        position_start, type_weight, type_ids, extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask,
     )  # fmt: skip
     assert rows is not None
     scale, position_start, norm_eps, dropout_p = numbers
     padding = -1 if weight is None else normalized_padding(padding_idx, weight.shape[0], "embed")
     position_padding = -1
-    if position_weight is not None:
+    if sinusoids is not None and position_padding_idx is not None:
+        position_padding = position_padding_idx
+    elif position_weight is not None:
         position_padding = normalized_padding(
             position_padding_idx, position_weight.shape[0], "embed", "position_padding_idx"
         )
@@ -131,11 +140,13 @@ def embed(
         check_stock_autograd("embed", rows.device, backend)
         look_up, chosen = stock_lookup, "torch"
     if chosen == "torch":
+        if sinusoids is not None and position_ids is not None:
+            id_errors.check_ids(position_ids, MOST_POSITIONS, "position", "embed")
         return _composed(
             look_up, ids, weight, inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight,
-            position_ids=position_ids, position_start=position_start, type_weight=type_weight, type_ids=type_ids,
-            extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
-            norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask,
+            sinusoids=sinusoids, position_ids=position_ids, position_start=position_start, type_weight=type_weight,
+            type_ids=type_ids, extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight,
+            norm_bias=norm_bias, norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask,
             padding_idx=padding if padding >= 0 else None,
             position_padding_idx=position_padding if position_padding >= 0 else None,
         )  # fmt: skip
@@ -146,10 +157,11 @@ def embed(
     if extra is not None:
         extra = _flat(extra, (*shape, rows.shape[-1]), 1)
     out: Tensor = torch.ops.embedkernels.embed_forward(
-        None if ids is None else ids.contiguous(), rows, scale, position_weight, _flat(position_ids, shape),
-        position_start, type_weight, _flat(type_ids, shape), extra, _flat(mask, shape), norm or "none", norm_weight,
-        norm_bias, norm_eps, dropout_p, dropout_first and norm is not None, seed,
-        reference.norm_dtype(rows.device, rows.dtype) if norm == "layer" else rows.dtype, padding, position_padding,
+        None if ids is None else ids.contiguous(), rows, scale, position_weight, sinusoids or "none",
+        position_padding, _flat(position_ids, shape), position_start, type_weight, _flat(type_ids, shape), extra,
+        _flat(mask, shape), norm or "none", norm_weight, norm_bias, norm_eps, dropout_p,
+        dropout_first and norm is not None, seed, reference.norm_dtype(rows.device,
+        rows.dtype) if norm == "layer" else rows.dtype, padding,
     )[0]  # fmt: skip
     return out
 
@@ -177,13 +189,13 @@ def _flat(given: Tensor | None, shape: Sequence[int], features: int = 0) -> Tens
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")
 _SHARED = (
-    "Tensor? ids, Tensor weight, float scale, Tensor? position_weight, Tensor? position_ids, SymInt position_start, "
-    "Tensor? type_weight, Tensor? type_ids, Tensor? extra, Tensor? mask, str norm, Tensor? norm_weight, "
-    "Tensor? norm_bias"
+    "Tensor? ids, Tensor weight, float scale, Tensor? position_weight, str sinusoids, int position_padding_idx, "
+    "Tensor? position_ids, SymInt position_start, Tensor? type_weight, Tensor? type_ids, Tensor? extra, "
+    "Tensor? mask, str norm, Tensor? norm_weight, Tensor? norm_bias"
 )
 _library.define(
     f"embed_forward({_SHARED}, float norm_eps, float dropout_p, bool dropout_first, Tensor? seed, ScalarType dtype, "
-    "int padding_idx, int position_padding_idx) -> (Tensor, Tensor, Tensor)"
+    "int padding_idx) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"embed_backward(Tensor grad, {_SHARED}, Tensor mean, Tensor rstd, float dropout_p, bool dropout_first, "
@@ -192,26 +204,27 @@ _library.define(
 
 
 def _forward_impl(
-    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, position_ids: Tensor | None,
-    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, extra: Tensor | None,
-    mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-    dropout_p: float, dropout_first: bool, seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
-    position_padding_idx: int,
+    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
+    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool, seed: Tensor | None,
+    dtype: torch.dtype, padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     device = weight.device
     id_errors.raise_pending(device)
     choose("embed", device, "triton")
     inputs = kernel_inputs(
-        ids, weight, scale, position_weight, position_ids, position_start, type_weight, type_ids, extra, mask, norm,
-        norm_weight, norm_bias, dropout_p, dropout_first, seed,
+        ids, weight, scale, position_weight, sinusoids, position_padding_idx, position_ids, position_start,
+        type_weight, type_ids, extra, mask, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
     )  # fmt: skip
     if device.type == "cpu":
-        for given, table, name in (
-            (ids, weight, "token"), (type_ids, type_weight, "token type"),
-            (position_ids, position_weight, "position"),
-        ):  # fmt: skip
-            if given is not None and table is not None:
-                id_errors.check_ids(given, table.shape[0], name, "embed")
+        for given, rows, name in (
+            (ids, weight.shape[0], "token"),
+            (type_ids, None if type_weight is None else type_weight.shape[0], "token type"),
+            (position_ids, position_rows(position_weight, sinusoids), "position"),
+        ):
+            if given is not None and rows is not None:
+                id_errors.check_ids(given, rows, name, "embed")
     shape = weight.shape if ids is None else (*ids.shape, weight.shape[1])
     out = weight.new_empty(shape, dtype=dtype)
     if out.numel() == 0:
@@ -228,11 +241,11 @@ def _forward_impl(
 
 
 def _forward_fake(
-    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, position_ids: Tensor | None,
-    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, extra: Tensor | None,
-    mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float,
-    dropout_p: float, dropout_first: bool, seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
-    position_padding_idx: int,
+    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
+    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool, seed: Tensor | None,
+    dtype: torch.dtype, padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = weight.shape if ids is None else (*ids.shape, weight.shape[1])
     rows = math.prod(shape[:-1])
@@ -243,16 +256,16 @@ def _forward_fake(
 
 
 def _backward_impl(
-    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None,
-    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None, type_ids: Tensor | None,
-    extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None, row_scale: float,
-    need_rows: bool, need_norm: bool,
+    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
+    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None,
+    row_scale: float, need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     choose("embed", weight.device, "triton")
     inputs = kernel_inputs(
-        ids, weight, scale, position_weight, position_ids, position_start, type_weight, type_ids, extra, mask, norm,
-        norm_weight, norm_bias, dropout_p, dropout_first, seed, grad=grad,
+        ids, weight, scale, position_weight, sinusoids, position_padding_idx, position_ids, position_start,
+        type_weight, type_ids, extra, mask, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed, grad=grad,
     )  # fmt: skip
     check_saved(grad, ids, weight, norm, mean, rstd)
     width = weight.shape[-1]
@@ -272,11 +285,11 @@ def _backward_impl(
 
 
 def _backward_fake(
-    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None,
-    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None, type_ids: Tensor | None,
-    extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None, row_scale: float,
-    need_rows: bool, need_norm: bool,
+    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
+    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None,
+    row_scale: float, need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = weight.new_empty((math.prod(grad.shape[:-1]) if need_rows else 0, weight.shape[-1]))
     weight_grad, bias_grad = (
@@ -286,9 +299,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    (ids, weight, ctx.scale, position_weight, position_ids, ctx.position_start, type_weight, type_ids, extra, mask,
-     ctx.norm, norm_weight, norm_bias, _, ctx.dropout_p, ctx.dropout_first, seed, _, ctx.padding_idx,
-     ctx.position_padding_idx) = inputs  # fmt: skip
+    (ids, weight, ctx.scale, position_weight, ctx.sinusoids, ctx.position_padding_idx, position_ids,
+     ctx.position_start, type_weight, type_ids, extra, mask, ctx.norm, norm_weight, norm_bias, _, ctx.dropout_p,
+     ctx.dropout_first, seed, _, ctx.padding_idx) = inputs  # fmt: skip
     _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
@@ -305,9 +318,9 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor
 
 # The arguments of embed_forward, in their order.
 _ARGUMENTS = (
-    "ids", "weight", "scale", "position_weight", "position_ids", "position_start", "type_weight", "type_ids", "extra",
-    "mask", "norm", "norm_weight", "norm_bias", "norm_eps", "dropout_p", "dropout_first", "seed", "dtype",
-    "padding_idx", "position_padding_idx",
+    "ids", "weight", "scale", "position_weight", "sinusoids", "position_padding_idx", "position_ids",
+    "position_start", "type_weight", "type_ids", "extra", "mask", "norm", "norm_weight", "norm_bias", "norm_eps",
+    "dropout_p", "dropout_first", "seed", "dtype", "padding_idx",
 )  # fmt: skip
 
 
@@ -328,10 +341,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
             weight = torch.empty((0, width), dtype=ctx.dtype, device=grad.device)
         norm = ctx.norm != "none"
         rows, weight_grad, bias_grad = torch.ops.embedkernels.embed_backward(
-            grad, ids, weight, ctx.scale, position_weight, position_ids if norm else None,
-            ctx.position_start if norm else 0, type_weight, type_ids if norm else None, extra, mask, ctx.norm,
-            norm_weight, norm_bias, mean, rstd, ctx.dropout_p, ctx.dropout_first, seed, row_scale, need_rows,
-            need_norm,
+            grad, ids, weight, ctx.scale, position_weight, ctx.sinusoids if norm else "none",
+            ctx.position_padding_idx, position_ids if norm else None, ctx.position_start if norm else 0, type_weight,
+            type_ids if norm else None, extra, mask, ctx.norm, norm_weight, norm_bias, mean, rstd, ctx.dropout_p,
+            ctx.dropout_first, seed, row_scale, need_rows, need_norm,
         )  # fmt: skip
         grads |= {"norm_weight": weight_grad, "norm_bias": bias_grad}
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embedkernels.ops.arguments import checked_int, checked_number
 from embedkernels.ops.embedding_grad import check_ids_tensor
+from embedkernels.reference.sinusoids import LAYOUTS, MOST_POSITIONS
 
 if TYPE_CHECKING:
     from embedkernels.kernels.embed import Inputs
@@ -23,7 +24,8 @@ NORMS = (None, "layer", "rms")
 
 def check_call(
     ids: Tensor | None, weight: Tensor | None, inputs_embeds: Tensor | None, scale: float,
-    position_weight: Tensor | None, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    position_weight: Tensor | None, sinusoids: str | None, position_padding_idx: int | None,
+    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
     type_ids: Tensor | None, extra: Tensor | None, norm: str | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, norm_eps: float, dropout_p: float, mask: Tensor | None,
 ) -> tuple[float, int, float, float]:  # fmt: skip
@@ -42,12 +44,14 @@ def check_call(
         shape = ids.shape
     _check_table("position_weight", position_weight, rows)
     _check_table("type_weight", type_weight, rows)
-    _check_more_ids("position_ids", position_ids, shape, rows, "position_weight", position_weight)
-    _check_more_ids("type_ids", type_ids, shape, rows, "type_weight", type_weight)
+    check_sinusoids(sinusoids, position_weight, rows.shape[-1], position_padding_idx)
+    count = position_rows(position_weight, sinusoids)
+    _check_more_ids("position_ids", position_ids, shape, rows, "position_weight" if count is None else None)
+    _check_more_ids("type_ids", type_ids, shape, rows, "type_weight" if type_weight is None else None)
     position_start = checked_int(position_start, "position_start", "embed")
-    _check_start(position_weight, position_ids, position_start)
+    _check_start(count is not None, position_ids, position_start)
     length = shape[-1] if shape else 1
-    check_implicit_ids(length, position_weight, position_ids, position_start, type_weight, type_ids)
+    check_implicit_ids(length, count, position_ids, position_start, type_weight, type_ids)
     if extra is not None:
         _check_broadcast("extra", extra, (*shape, rows.shape[-1]), rows)
         if extra.dtype != rows.dtype:
@@ -67,6 +71,22 @@ def check_call(
     return checked_scale(scale), position_start, norm_eps, checked_dropout(dropout_p)
 
 
+def check_sinusoids(
+    sinusoids: str | None, position_weight: Tensor | None, width: int, padding_position: int | None
+) -> None:
+    """A known layout, wide enough, instead of a table; the position of padding is not negative."""
+    if sinusoids is None:
+        return
+    if sinusoids not in LAYOUTS:
+        raise ValueError(f"embed: sinusoids must be None or one of {', '.join(LAYOUTS)}, got {sinusoids!r}")
+    if position_weight is not None:
+        raise ValueError("embed: position_weight and sinusoids are both given: positions come from one of them")
+    if sinusoids == "fairseq" and width < 4:
+        raise ValueError(f"embed: sinusoids 'fairseq' need rows of at least 4 elements, got {width}")
+    if padding_position is not None and checked_int(padding_position, "position_padding_idx", "embed") < 0:
+        raise ValueError(f"embed: position_padding_idx must not be negative with sinusoids, got {padding_position}")
+
+
 def checked_scale(scale: float) -> float:
     """``scale`` as a number, which must be one in float32 too."""
     scale = checked_number(scale, "scale", "embed")
@@ -75,16 +95,22 @@ def checked_scale(scale: float) -> float:
     return scale
 
 
+def position_rows(position_weight: Tensor | None, sinusoids: str | None) -> int | None:
+    """How many positions there are; None without positions."""
+    if position_weight is not None:
+        return position_weight.shape[0]
+    return None if sinusoids in (None, "none") else MOST_POSITIONS
+
+
 def check_implicit_ids(
-    length: int, position_weight: Tensor | None, position_ids: Tensor | None, position_start: int,
-    type_weight: Tensor | None, type_ids: Tensor | None,
+    length: int, rows: int | None, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None,
 ) -> None:  # fmt: skip
-    """IndexError where position_start + s, or type 0, is no row of its table."""
-    if position_weight is not None and position_ids is None and position_start + length > position_weight.shape[0]:
-        rows = position_weight.shape[0]
+    """IndexError where position_start + s is none of the ``rows`` positions, or type 0 no row of its table."""
+    if rows is not None and position_ids is None and position_start + length > rows:
         raise IndexError(
             f"embed: {length} positions from position_start {position_start} reach position "
-            f"{position_start + length - 1}, but position_weight has {rows} rows: expected a sequence of at most "
+            f"{position_start + length - 1}, but there are {rows}: expected a sequence of at most "
             f"{max(0, rows - position_start)}"
         )
     if type_weight is not None and type_ids is None and type_weight.shape[0] == 0:
@@ -119,10 +145,10 @@ def checked_dropout(dropout_p: float) -> float:
 
 
 def kernel_inputs(
-    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, position_ids: Tensor | None,
-    position_start: int, type_weight: Tensor | None, type_ids: Tensor | None, extra: Tensor | None,
-    mask: Tensor | None, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, dropout_p: float,
-    dropout_first: bool, seed: Tensor | None, grad: Tensor | None = None,
+    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
+    zero_position: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, dropout_p: float, dropout_first: bool, seed: Tensor | None, grad: Tensor | None = None,
 ) -> Inputs:  # fmt: skip
     """What the kernels read. Guards what addresses rest on: the ops can be called without ``embed``.
 
@@ -143,6 +169,7 @@ def kernel_inputs(
     if grad is not None and norm == "none":
         shape = grad.shape[:-1]
         ids = position_weight = type_weight = extra = None
+        sinusoids = "none"
     n, length = math.prod(shape), shape[-1] if shape else 1
     if n > MOST_ROWS:
         raise ValueError(f"embed: there are {n} rows, at most {MOST_ROWS} are supported")
@@ -164,13 +191,15 @@ def kernel_inputs(
         _check_device("extra", extra, weight)
     if position_start < 0:
         raise ValueError(f"embed: position_start must not be negative, got {position_start}")
-    check_implicit_ids(length, position_weight, position_ids, position_start, type_weight, type_ids)
+    count = position_rows(position_weight, sinusoids)
+    check_implicit_ids(length, count, position_ids, position_start, type_weight, type_ids)
+    check_sinusoids(None if sinusoids == "none" else sinusoids, position_weight, width, None)
     check_norm_parameters(norm != "none", norm_weight, norm_bias, weight)
     check_seed(dropout_p, seed, weight)
     return Inputs(
         contiguous(ids), weight.reshape(-1, width).contiguous(), checked_scale(scale), contiguous(position_weight),
-        contiguous(position_ids), position_start, length, contiguous(type_weight), contiguous(type_ids),
-        contiguous(extra), _factors(mask), norm, dropout_p, dropout_first, seed,
+        sinusoids, zero_position, contiguous(position_ids), position_start, length, contiguous(type_weight),
+        contiguous(type_ids), contiguous(extra), _factors(mask), norm, dropout_p, dropout_first, seed,
     )  # fmt: skip
 
 
@@ -256,14 +285,12 @@ def _check_table(name: str, table: Tensor | None, rows: Tensor) -> None:
     _check_device(name, table, rows)
 
 
-def _check_more_ids(
-    name: str, given: Tensor | None, shape: torch.Size, rows: Tensor, table_name: str, table: Tensor | None
-) -> None:
+def _check_more_ids(name: str, given: Tensor | None, shape: torch.Size, rows: Tensor, missing: str | None) -> None:
     if given is None:
         return
     _check_is_tensor(name, given)
-    if table is None:
-        raise ValueError(f"embed: {name} is given, but {table_name} is None")
+    if missing is not None:
+        raise ValueError(f"embed: {name} is given, but {missing} is None")
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"embed: {name} must be int32 or int64, got {given.dtype}")
     _check_broadcast(name, given, shape, rows)
@@ -277,10 +304,10 @@ def _check_broadcast(name: str, given: Tensor, shape: Sequence[int], rows: Tenso
     _check_device(name, given, rows)
 
 
-def _check_start(table: Tensor | None, position_ids: Tensor | None, start: int) -> None:
+def _check_start(positions: bool, position_ids: Tensor | None, start: int) -> None:
     if start < 0:
         raise ValueError(f"embed: position_start must not be negative, got {start}")
     if position_ids is not None and start != 0:
         raise ValueError(f"embed: position_start must be 0 where position_ids is given, got {start}")
-    if table is None and start != 0:
+    if not positions and start != 0:
         raise ValueError(f"embed: position_start is {start}, but position_weight is None")

@@ -73,11 +73,7 @@ def stock_lookup(
     ids: Tensor, weight: Tensor, *, padding_idx: int | None = None, table: str = "token", op: str = "embedding"
 ) -> Tensor:
     """PyTorch's own lookup, with every derivative that it has, and our error for an id out of range."""
-    if not torch.compiler.is_compiling():  # a compiled graph does not wait for the values of the ids
-        plain = ids
-        while torch._C._functorch.is_functorch_wrapped_tensor(plain):
-            plain = torch._C._functorch.get_unwrapped(plain)
-        id_errors.check_ids(plain, weight.shape[0], table, op)
+    id_errors.check_ids(ids, weight.shape[0], table, op)
     return F.embedding(ids, weight, padding_idx=padding_idx)
 
 

@@ -128,7 +128,8 @@ def message(table: str, value: int, position: int, rows: int, op: str) -> str:
 def check_ids(ids: Tensor, rows: int, table: str, op: str) -> None:
     """Raise IndexError if any of ``ids`` is outside [0, rows). Reads the ids: on a GPU a sync.
 
-    Ids that have no values to read (meta and fake tensors, subclasses, what a CUDA graph captures) are not checked.
+    Ids that have no values to read (meta and fake tensors, subclasses, what a CUDA graph captures) are not checked,
+    nor does a graph of torch.compile wait for them.
 
     Args:
         ids: integer tensor of any shape.
@@ -136,6 +137,10 @@ def check_ids(ids: Tensor, rows: int, table: str, op: str) -> None:
         table: ``"token"``, ``"position"`` or ``"token type"``, for the message.
         op: the op's name, for the message.
     """
+    if torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        ids = torch._C._functorch.get_unwrapped(ids)
     if ids.numel() == 0 or not _has_values(ids):
         return
     with _disable_current_modes():  # a tracer must not see that the ids are read

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedkernels.reference.positions import count_positions
 from embedkernels.reference.random import keep_scale, row_keep_mask
+from embedkernels.reference.sinusoids import sinusoids as fixed_rows
 
 
 class Lookup(Protocol):
@@ -24,6 +26,7 @@ def embed(
     inputs_embeds: Tensor | None = None,
     scale: float = 1.0,
     position_weight: Tensor | None = None,
+    sinusoids: str | None = None,
     position_ids: Tensor | None = None,
     position_start: int = 0,
     type_weight: Tensor | None = None,
@@ -73,13 +76,18 @@ def embed(
         return y + (type_lookup or lookup)(at, type_weight)
 
     def positions(y: Tensor) -> Tensor:
-        if position_weight is None:
+        if position_weight is None and sinusoids is None:
             return y
         at = position_ids
         if at is None:
             length = shape[-1] if shape else 1
             at = torch.arange(position_start, position_start + length, device=y.device).reshape(shape[-1:])
-        return y + (position_lookup or lookup)(at, position_weight, padding_idx=position_padding_idx)
+        if position_weight is not None:
+            return y + (position_lookup or lookup)(at, position_weight, padding_idx=position_padding_idx)
+        assert sinusoids is not None
+        rows = fixed_rows(at, y.shape[-1], sinusoids, position_padding_idx)
+        # Models keep float32 tables, which are cast with them.
+        return y + (rows if y.dtype == torch.float64 else rows.float().to(y.dtype))
 
     y = types(positions(y)) if position_first else positions(types(y))
     if extra is not None:
@@ -152,6 +160,4 @@ def positions_from_padding(ids: Tensor, padding_idx: int, past_length: int = 0) 
         >>> positions_from_padding(torch.tensor([[5, 7, 9, 1, 1]]), padding_idx=1)
         tensor([[2, 3, 4, 1, 1]])
     """
-    real = ids.ne(padding_idx).int()
-    count = torch.cumsum(real, dim=-1).type_as(real)
-    return ((count + past_length) * real).long() + padding_idx
+    return count_positions(ids, padding_idx, padding_idx + past_length, padding_idx)

@@ -21,6 +21,7 @@ MASKS = ("none", "bool", "one row", "float", "int")
 SCALES = (1.0, 27.5, -0.3)
 PARAMETERS = ("weight", "position_weight", "type_weight", "norm_weight", "norm_bias")
 POSITIONS = ("none", "arange", "start", "ids", "one row", "expanded")
+SINUSOIDS = ("interleaved", "halves", "fairseq", "halves ids", "fairseq ids")
 TYPES = ("none", "zeros", "ids", "one row")
 NORMS = ("none", "plain", "weight", "bias", "both")
 SEED_LIMIT = 2**62
@@ -104,7 +105,13 @@ def make(
         options["mask"] = (
             factors if mask == "float" else (factors < 0.7).to(torch.int64 if mask == "int" else torch.bool)
         )
-    if positions != "none":
+    if positions in SINUSOIDS:
+        options |= {"sinusoids": positions.removesuffix(" ids"), "position_padding_idx": position_padding_idx}
+        if positions.endswith("ids"):
+            options["position_ids"] = some_ids(5000, shape)
+        else:
+            options["position_start"] = 7
+    elif positions != "none":
         parameters["position_weight"] = table(rows)
         options["position_padding_idx"] = position_padding_idx
     if positions == "start":

@@ -84,9 +84,9 @@ def launch(case: Case, errors: ErrorState, norm: bool) -> tuple[torch.Tensor, to
 
     p, o = case.parameters, case.options
     inputs = kernels.Inputs(
-        case.ids.flatten(), p["weight"].detach(), 1.0, p["position_weight"].detach(), o["position_ids"].flatten(), 0,
-        case.ids.shape[-1], p["type_weight"].detach(), o["type_ids"].flatten(), None, None,
-        "layer" if norm else "none", 0.0, False, None,
+        case.ids.flatten(), p["weight"].detach(), 1.0, p["position_weight"].detach(), "none", -1,
+        o["position_ids"].flatten(), 0, case.ids.shape[-1], p["type_weight"].detach(), o["type_ids"].flatten(), None,
+        None, "layer" if norm else "none", 0.0, False, None,
     )  # fmt: skip
     out = torch.full((case.ids.numel(), p["weight"].shape[1]), float("nan"), device=case.ids.device)
     mean, rstd = kernels.embed_forward(inputs, out, None, None, 1e-5, (errors.flag, errors.record))
@@ -170,7 +170,7 @@ def test_a_sequence_longer_than_the_position_table_is_refused(
     ids = torch.zeros(2, length, dtype=torch.int64, device=device)
     message = (
         f"embed: {length} positions from position_start {start} reach position {start + length - 1}, but "
-        f"position_weight has 10 rows: expected a sequence of at most {10 - start}"
+        f"there are 10: expected a sequence of at most {10 - start}"
     )
     with pytest.raises(IndexError, match=message):
         ek.embed(ids, weight, position_weight=positions, position_start=start, backend=backend)
@@ -259,8 +259,32 @@ ELSEWHERE = torch.device("meta")
         ({"dropout_p": None}, TypeError, "dropout_p must be a number, got NoneType"),
         ({"type_weight": WEIGHT[:0]}, IndexError, "type_ids is None, .* but type_weight has 0 rows"),
         ({"type_weight": WEIGHT[:0], "backend": "triton"}, IndexError, "but type_weight has 0 rows"),
-        ({"position_weight": WEIGHT[:2], "backend": "triton"}, IndexError, "but position_weight has 2 rows"),
+        ({"position_weight": WEIGHT[:2], "backend": "triton"}, IndexError, "but there are 2"),
         ({"dropout_p": "0.5"}, TypeError, "dropout_p must be a number, got str"),
+        (
+            {"sinusoids": "sine"},
+            ValueError,
+            "sinusoids must be None or one of interleaved, halves, fairseq, got 'sine'",
+        ),
+        (
+            {"sinusoids": "halves", "position_weight": WEIGHT},
+            ValueError,
+            "position_weight and sinusoids are both given",
+        ),
+        ({"sinusoids": "fairseq", "weight": WEIGHT[:, :3]}, ValueError, "rows of at least 4 elements, got 3"),
+        (
+            {"sinusoids": "halves", "position_padding_idx": -1},
+            ValueError,
+            "must not be negative with sinusoids, got -1",
+        ),
+        (
+            {"sinusoids": "halves", "position_ids": IDS - 1},
+            IndexError,
+            "position id -1 .* for a table of 16777216 rows",
+        ),
+        ({"sinusoids": "halves", "position_ids": IDS + 2**24}, IndexError, "position id 16777216 at position 0"),
+        ({"sinusoids": "halves", "position_ids": IDS.bool()}, TypeError, "position_ids must be int32 or int64"),
+        ({"sinusoids": "halves", "position_start": 2**24}, IndexError, "3 positions from position_start 16777216"),
         ({"scale": None}, TypeError, "scale must be a number, got NoneType"),
         ({"scale": float("inf")}, ValueError, r"scale must be between 2\*\*-100 and 2\*\*100 in magnitude, got inf"),
         ({"scale": 0.0}, ValueError, "in magnitude, got 0.0"),
@@ -298,10 +322,10 @@ def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
     """A sound call of the forward op; the op can be reached without ``embed``, so it guards its own addresses."""
     return {
         "ids": IDS.to(device), "weight": WEIGHT.to(device), "scale": 1.0, "position_weight": None,
-        "position_ids": None, "position_start": 0, "type_weight": None, "type_ids": None, "extra": None, "mask": None,
-        "norm": "layer", "norm_weight": None, "norm_bias": None, "norm_eps": 1e-5, "dropout_p": 0.0,
-        "dropout_first": False, "seed": None, "dtype": torch.float32, "padding_idx": -1, "position_padding_idx": -1,
-        **changes,
+        "sinusoids": "none", "position_padding_idx": -1, "position_ids": None, "position_start": 0,
+        "type_weight": None, "type_ids": None, "extra": None, "mask": None, "norm": "layer", "norm_weight": None,
+        "norm_bias": None, "norm_eps": 1e-5, "dropout_p": 0.0, "dropout_first": False, "seed": None,
+        "dtype": torch.float32, "padding_idx": -1, **changes,
     }  # fmt: skip
 
 
@@ -311,7 +335,12 @@ def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
         ({"position_weight": WEIGHT[:, :3]}, ValueError, r"position_weight must be 2-D .* got shape \(5, 3\)"),
         ({"position_weight": WEIGHT, "position_ids": IDS[0, :2]}, ValueError, "must have 6 or 3 elements, got 2"),
         ({"position_weight": WEIGHT, "position_ids": IDS.short()}, TypeError, "must be int32 or int64"),
-        ({"position_weight": WEIGHT[:2]}, IndexError, "position_weight has 2 rows"),
+        ({"position_weight": WEIGHT[:2]}, IndexError, "reach position 2, but there are 2"),
+        (
+            {"sinusoids": "sine"},
+            ValueError,
+            "sinusoids must be None or one of interleaved, halves, fairseq, got 'sine'",
+        ),
         ({"position_weight": WEIGHT, "position_start": -1}, ValueError, "must not be negative"),
         ({"type_weight": WEIGHT[:0]}, IndexError, "type_weight has 0 rows"),
         ({"norm_weight": WEIGHT[0, :3]}, ValueError, r"norm_weight must be \(D,\) = \(4,\), got \(3,\)"),
@@ -346,7 +375,7 @@ def test_the_op_itself_refuses_what_would_read_beyond_a_tensor(
 def test_the_backward_op_refuses_what_it_would_read_beyond(short: str, device: torch.device) -> None:
     arguments = op_arguments(device, norm_weight=torch.ones(4, device=device))
     y, mean, rstd = torch.ops.embedkernels.embed_forward(**arguments)
-    shared = {name: arguments[name] for name in list(arguments)[:13]}
+    shared = {name: arguments[name] for name in list(arguments)[:15]}
     given = {"grad": y, **shared, "mean": mean, "rstd": rstd, "dropout_p": 0.0, "dropout_first": False, "seed": None}
     given |= {"row_scale": 1.0, "need_rows": True, "need_norm": True}
     torch.ops.embedkernels.embed_backward(**given)

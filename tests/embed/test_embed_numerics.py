@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedkernels as ek
+from embedkernels.reference.sinusoids import sinusoids
 from tests.embed.cases import (
     DTYPES,
     EXTRAS,
@@ -14,6 +15,7 @@ from tests.embed.cases import (
     POSITIONS,
     RMS_NORMS,
     SCALES,
+    SINUSOIDS,
     SOURCES,
     TYPES,
     Case,
@@ -93,6 +95,53 @@ def test_every_source_of_a_row_meets_the_contract(
         assert_contract(
             make((3, 4), 20, dtype=dtype, device=device, norm=norm, source=source, scale=scale, extra=extra)
         )
+
+
+@pytest.mark.parametrize("norm", ["none", "both"])
+@pytest.mark.parametrize("width", [16, 37])
+@pytest.mark.parametrize("positions", SINUSOIDS)
+def test_every_layout_of_sinusoids_meets_the_contract(
+    positions: str, width: int, norm: str, device: torch.device
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_contract(make((3, 8), width, dtype=dtype, device=device, positions=positions, norm=norm))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("layout", ["interleaved", "halves", "fairseq"])
+def test_sinusoids_are_the_tables_of_the_models(layout: str, backend: str, device: torch.device) -> None:
+    """To a unit in the last place of 1 in float32, and on the torch backend all but bit for bit."""
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+    from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+    from transformers.models.xlm.modeling_xlm import create_sinusoidal_embeddings
+
+    count, zero = 600, None
+    for width in (16, 31):
+        if layout == "fairseq":
+            zero = 1
+            table = M2M100SinusoidalPositionalEmbedding.get_embedding(count, width, zero)
+        elif layout == "halves":
+            table = MarianSinusoidalPositionalEmbedding(count, width).create_weight()
+        else:
+            table = create_sinusoidal_embeddings(count, width, torch.empty(count, width))
+        places = torch.cat((torch.arange(40), torch.tensor([255, 256, 511, 599]))).to(device)
+        nothing = torch.zeros(1, width, device=device)
+        y = ek.embed(
+            torch.zeros_like(places), nothing, sinusoids=layout, position_ids=places, position_padding_idx=zero,
+            backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(y, table.to(device)[places], rtol=0, atol=2.0**-23)
+
+
+def test_sinusoids_far_out_are_as_exact(device: torch.device) -> None:
+    """Where an angle in float32 has lost its sine: thousands of turns."""
+    places = torch.tensor([30000, 50001, 65535], device=device)
+    for layout in ("interleaved", "halves"):
+        y = ek.embed(
+            torch.zeros_like(places), torch.zeros(1, 64, device=device), sinusoids=layout, position_ids=places,
+            backend="triton",
+        )  # fmt: skip
+        torch.testing.assert_close(y, sinusoids(places, 64, layout).float(), rtol=0, atol=2.0**-23)
 
 
 @pytest.mark.parametrize("norm", ["none", "both"])
@@ -277,7 +326,7 @@ def test_tables_may_be_the_same_tensor(device: torch.device) -> None:
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
     width=st.integers(8, 70),  # below, a norm leaves next to nothing of a gradient but the rounding of its terms
     dtype=st.sampled_from(DTYPES),
-    positions=st.sampled_from(POSITIONS),
+    positions=st.sampled_from([*POSITIONS, *SINUSOIDS]),
     types=st.sampled_from(TYPES),
     norm=st.sampled_from([*NORMS, *RMS_NORMS]),
     source=st.sampled_from(SOURCES),

@@ -21,9 +21,9 @@ def op_arguments(case: Case, dropout_p: float) -> tuple[Any, ...]:
     seed = torch.tensor([12345], device=case.ids.device) if dropout_p > 0 else None
     rows = p["weight"] if "weight" in p else p["inputs_embeds"]
     return (
-        case.ids, rows, o.get("scale", 1.0), p.get("position_weight"), flat["position_ids"], 0, p.get("type_weight"),
-        flat["type_ids"], extra, flat["mask"], o.get("norm", "none"), p.get("norm_weight"), p.get("norm_bias"), 1e-5,
-        dropout_p, o.get("dropout_first", False), seed, rows.dtype, 0, -1,
+        case.ids, rows, o.get("scale", 1.0), p.get("position_weight"), o.get("sinusoids", "none"), -1,
+        flat["position_ids"], 0, p.get("type_weight"), flat["type_ids"], extra, flat["mask"], o.get("norm", "none"),
+        p.get("norm_weight"), p.get("norm_bias"), 1e-5, dropout_p, o.get("dropout_first", False), seed, rows.dtype, 0,
     )  # fmt: skip
 
 
@@ -38,6 +38,16 @@ def test_forward_op_passes_opcheck(
     torch.library.opcheck(torch.ops.embedkernels.embed_forward, op_arguments(case, dropout_p))
 
 
+@pytest.mark.parametrize("norm", ["none", "rms weight"])
+@pytest.mark.parametrize("source", ["lookup", "given"])
+def test_forward_op_with_every_part_passes_opcheck(source: str, norm: str, device: torch.device) -> None:
+    case = make(
+        (2, 3), 8, device=device, positions="halves", norm=norm, source=source, scale=2.0, extra="full", mask="bool",
+        dropout_first=norm != "none",
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.embedkernels.embed_forward, op_arguments(case, 0.2))
+
+
 @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
 def test_backward_op_passes_opcheck(need: tuple[bool, bool], device: torch.device) -> None:
     case = make((2, 3), 8, device=device)
@@ -45,7 +55,7 @@ def test_backward_op_passes_opcheck(need: tuple[bool, bool], device: torch.devic
     out, mean, rstd = torch.ops.embedkernels.embed_forward(*arguments)
     torch.library.opcheck(
         torch.ops.embedkernels.embed_backward,
-        (torch.randn_like(out), *arguments[:13], mean, rstd, *arguments[14:17], 1.0, *need),
+        (torch.randn_like(out), *arguments[:15], mean, rstd, *arguments[16:19], 1.0, *need),
     )
 
 
@@ -238,7 +248,7 @@ def test_under_cuda_autocast_every_backend_has_stock_s_output_dtype(
 def test_output_may_be_fp32_over_16_bit_tables(device: torch.device) -> None:
     case = make((3, 4), 8, dtype=torch.bfloat16, device=device)
     arguments = list(op_arguments(case, 0.0))
-    arguments[-3] = torch.float32
+    arguments[-2] = torch.float32
     y = torch.ops.embedkernels.embed_forward(*arguments)[0]
     assert y.dtype == torch.float32
     wide = case.to(torch.float32)
