@@ -73,6 +73,13 @@ INSTRUCTIONS = {
     "ldl": r"LDL\b",
     "stl": r"STL\b",
 }
+# What is counted in PTX: 16 bytes and more in one instruction, Hopper's warpgroup products, products rounded to tf32.
+PTX = {
+    "loads_16": r"ld\.global[\w.:]*\.(?:v[48]\.\w32|v[24]\.\w64)|cp\.async\.cg\.|cp\.async\.bulk\.tensor\.",
+    "stores_16": r"st\.global[\w.:]*\.(?:v[48]\.\w32|v[24]\.\w64)",
+    "wgmma": r"wgmma\.mma_async",
+    "tf32": r"mma[\w.:]*\.tf32",
+}
 
 
 @dataclass
@@ -89,6 +96,7 @@ class Resources:
         threads: per block.
         tile: what the spec fixes of the launch: its block sizes, warps and stages, and a limit of registers if any.
         occupancy: share of a multiprocessor's threads that registers and shared memory allow (NVIDIA only).
+        ptx: static counts, keys of ``PTX`` (NVIDIA only).
         instructions: static counts, keys of ``INSTRUCTIONS`` and ``total`` (NVIDIA only, and only if asked for).
         seconds: of compilation.
     """
@@ -106,6 +114,7 @@ class Resources:
     threads: int = 0
     tile: dict[str, int] = field(default_factory=dict)
     occupancy: float | None = None
+    ptx: dict[str, int] = field(default_factory=dict)
     instructions: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -266,6 +275,7 @@ def measure_one(module: str, name: str, target: str, mix: bool = True, variants:
         if target.startswith("sm_"):
             result.threads = 32 * int(compiled.metadata.num_warps)
             result.registers, result.spill_stores, result.spill_loads, result.local = ptxas_usage(log)
+            result.ptx = {name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in PTX.items()}
             if mix:
                 result.instructions = instruction_mix(compiled.asm["cubin"])
             result.occupancy = occupancy(result.registers, result.threads, result.shared, target)
@@ -295,32 +305,40 @@ def _without_twins(specs: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _extremes(specs: dict[str, Any]) -> dict[str, Any]:
-    """Of the specs that are the same on every target, the smallest and the largest of each kernel and signature."""
-    groups: dict[Any, list[str]] = {}
-    kept = {}
+def _size(spec: Any) -> int:
+    return math.prod(value for value in spec.constexprs.values() if isinstance(value, int) and value > 1)
+
+
+def _widest(specs: dict[str, Any]) -> dict[str, Any]:
+    """Of the specs that differ only in their head size the widest, which has the same tile.
+
+    A head size whose rows Triton does not know to be aligned is not compared with one whose rows it does.
+    """
+    kept: dict[Any, str] = {}
     for name, spec in specs.items():
-        if spec.targets is not None:
-            kept[name] = spec
-        else:
-            groups.setdefault((spec.kernel.__name__, tuple(spec.signature.items())), []).append(name)
+        known = {key: value for key, value in spec.constexprs.items() if key not in ("D", "BLOCK_D")}
+        launch = spec.num_warps, spec.num_stages, spec.max_registers, len(spec.divisible_by_16)
+        key = repr((spec.kernel.__name__, spec.signature, known, launch))
+        kept[key] = max(kept.get(key, name), name, key=lambda name: _size(specs[name]))
+    return {name: specs[name] for name in kept.values()}
 
-    def size(name: str) -> int:
-        values = specs[name].constexprs.values()
-        return math.prod(value for value in values if isinstance(value, int) and value > 1)
 
-    for names in groups.values():
-        kept.update({name: specs[name] for name in (min(names, key=size), max(names, key=size))})
-    return kept
+def _largest(specs: dict[str, Any]) -> dict[str, Any]:
+    """The largest spec of each kernel and signature."""
+    kept: dict[Any, str] = {}
+    for name, spec in specs.items():
+        key = spec.kernel.__name__, tuple(spec.signature.items())
+        kept[key] = max(kept.get(key, name), name, key=lambda name: _size(specs[name]))
+    return {name: specs[name] for name in kept.values()}
 
 
 def select(module: str, target: str, thin: bool, variants: str = "listed") -> list[str]:
     """Names of the specs of a module to compile for a target: all that are launched there.
 
     Args:
-        thin: leave out fp16 twins, and all but the extremes of what is the same on every target (on sm_90 of that
-            only what is in fp32 or fp64), so that every kernel and every tile configuration of a target's own is
-            compiled.
+        thin: leave out fp16 twins; of what is the target's own, head sizes whose tile a wider one has too; of what is
+            the same on every target, all but the largest of each kernel, except in 16 bits on sm_90, as models are
+            trained.
     """
     specs = {
         name: spec
@@ -329,9 +347,11 @@ def select(module: str, target: str, thin: bool, variants: str = "listed") -> li
     }
     if thin:
         specs = _without_twins(specs)
-        # On sm_90 only wider numbers are thinned out: models are trained in 16 bits.
-        kept = {name: s for name, s in specs.items() if target == "sm_90" and "*bf16" in s.signature.values()}
-        specs = {**kept, **_extremes({name: s for name, s in specs.items() if name not in kept})}
+        own = {name: spec for name, spec in specs.items() if spec.targets is not None}
+        common = {name: spec for name, spec in specs.items() if spec.targets is None}
+        kept = {name: s for name, s in common.items() if target == "sm_90" and "*bf16" in s.signature.values()}
+        others = {name: spec for name, spec in common.items() if name not in kept}
+        specs = {**_widest(own), **kept, **_largest(others)}
     return list(specs)
 
 

@@ -1,8 +1,8 @@
 """Which variants of the attention kernels are compiled as proof, and how each is specialised at launch.
 
-A variant is one combination of what a launch fixes at compile time. :func:`every` lists all that can be launched, for
-a sweep of some minutes; :func:`listed` those that stand for them: each tile with every feature on, lighter variants
-that once spilled registers, and the shapes that Triton specialises on its own.
+A variant is one combination of what a launch fixes at compile time. :func:`listed` has each tile with every feature
+on, lighter variants that once spilled registers, and some shapes that Triton specialises on its own; :func:`every`
+combines the features for a sweep of most of an hour, which has been run in part (see ``attention_tiles``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ _DROPOUT = {"dropout": True}
 LIGHTER: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {
     **{
         ("sm_90", which, "bf16", 64): [
-            _PLAIN, _CAUSAL, {**_CAUSAL, "group": 3}, _PADDED, {**_PADDED, **_DROPOUT}, {**_PADDED, "single": True},
+            _PLAIN, _CAUSAL, _PADDED, {**_PADDED, **_DROPOUT}, {**_PADDED, "single": True},
             {**_CAUSAL, "bounds": True},
+            # dk and dv are summed over a group; the other kernels only divide a head's number by it.
+            *([{**_CAUSAL, "group": 3}] if which == "dkdv" else []),
         ]
         for which in ("forward", "dkdv", "dq")
     },
@@ -121,7 +123,11 @@ def _unaligned(variant: Variant) -> Tiles:
 
 
 def every(kernel: Any, which: str) -> list[CompileSpec]:
-    """All variants: bf16 stands for fp16, a group of three heads for any, a head size for those of its tile."""
+    """The features combined, bounds and mask together, at every width and at two sizes of unaligned rows.
+
+    Not compiled, but taken to be like what is: fp16 (bf16), other groups (three heads), other head sizes of a width
+    (the full one, or 40 and 72), one head or one key.
+    """
     specs = []
     table = {(v.family, v.dtype, v.width, v.dropout): tiles for v, tiles in _heaviest() if v.dtype != "fp16"}
     for family, dtype, width, _ in [key for key in table if key[3]]:
@@ -139,7 +145,7 @@ def every(kernel: Any, which: str) -> list[CompileSpec]:
 
 
 def listed(kernel: Any, which: str) -> list[CompileSpec]:
-    """Those that stand for all."""
+    """Each tile with every feature on, and what is lighter or odd but has its own reasons to be compiled."""
     found: dict[str, CompileSpec] = {}
 
     def add(variant: Variant, tiles: Tiles) -> None:
@@ -149,7 +155,9 @@ def listed(kernel: Any, which: str) -> list[CompileSpec]:
     tiles_of: dict[tuple[str, str, int, bool], Tiles] = {}
     for variant, tiles in _heaviest():
         tiles_of[variant.family, variant.dtype, variant.width, variant.dropout] = tiles
-        add(variant, tiles)
+        with_dropout = tiles_of[variant.family, variant.dtype, variant.width, True]
+        if variant.dropout or getattr(tiles, which) != getattr(with_dropout, which):
+            add(variant, tiles)
         if (variant.dtype, variant.width) in REDUCED and variant.dropout:
             add(replace(variant, head_size=REDUCED[variant.dtype, variant.width]), tiles)
         if variant.dtype != "fp16" and variant.width in UNALIGNED and variant.dropout:

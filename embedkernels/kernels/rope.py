@@ -61,7 +61,8 @@ def _heads(
     both = tl.arange(0, 2 * HALF)[None, :]
     for i in tl.static_range(HEADS):
         head = (first_head + i).to(tl.int64)
-        there = live & (head < H)
+        # A comparison of vectors: Triton 3.9 interprets no vector & scalar as a mask.
+        there = live & (tl.zeros(live.shape, dtype=tl.int64) + head < H)
         x = x_ptr + head * stride_h + x_at
         out = out_ptr + head * stride_out_h + out_at
         if INTERLEAVED:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import resources
+from embedkernels.kernels import attention_tiles
 from embedkernels.kernels.specs import CompileSpec
 
 VARIED = ("attention_forward", "attention_backward")
@@ -47,12 +48,14 @@ def test_a_good_kernel(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert result["instructions"]["ldg_128"] >= 1
     assert result["instructions"]["stg_128"] >= 1
     assert result["instructions"]["total"] > 30
+    assert result["ptx"] == {"loads_16": 1, "stores_16": 1, "wgmma": 0, "tf32": 0}
 
 
 def test_loads_of_unaligned_rows_are_seen_to_be_narrow(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
-    instructions = toys["scale[unaligned]", "sm_90"]["instructions"]
-    assert instructions["ldg_128"] == 0
-    assert instructions["stg_128"] == 0
+    result = toys["scale[unaligned]", "sm_90"]
+    assert result["instructions"]["ldg_128"] == 0
+    assert result["instructions"]["stg_128"] == 0
+    assert result["ptx"] == {"loads_16": 0, "stores_16": 0, "wgmma": 0, "tf32": 0}
 
 
 def test_spills_are_seen(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
@@ -62,7 +65,11 @@ def test_spills_are_seen(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert result["spill_loads"] > 0
     assert result["local"] > 0
     assert result["instructions"]["stl"] > 0
-    assert result["instructions"]["hgmma"] > 0
+    assert result["instructions"]["hgmma"] == result["ptx"]["wgmma"] > 0
+
+
+def test_products_in_tf32_are_seen(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert toys["tf32", "sm_90"]["ptx"]["tf32"] > 0
 
 
 def test_amd_code_is_measured(toys: dict[tuple[str, str], dict[str, Any]]) -> None:
@@ -91,7 +98,7 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
     done = run("--modules", "tests.compiled.toy_kernels", "--targets", "sm_90", "--seconds", "0", "--out", str(out))
     report = json.loads(out.read_text())
     assert report["out_of_time"] > 0
-    assert report["out_of_time"] + len(report["results"]) == 6
+    assert report["out_of_time"] + len(report["results"]) == 7
     assert f"no time for {report['out_of_time']} more" in done.stdout
 
 
@@ -166,6 +173,11 @@ def spec(name: str, kernel: str = "k", dtype: str = "*bf16", targets: Any = None
     return CompileSpec(name, stand_in, {"x_ptr": dtype}, constexprs, targets=targets)
 
 
+def own(name: str, head: int, width: int, block: int = 64, dtype: str = "*bf16", **features: bool) -> CompileSpec:
+    """A spec of sm_80's own, as attention has them."""
+    return spec(name, "tuned", dtype, ("sm_80", "sm_86"), D=head, BLOCK_D=width, BLOCK_M=block, **features)
+
+
 SPECS = [
     spec("half small", dtype="*fp16", BLOCK=16),
     spec("small", BLOCK=16),
@@ -173,20 +185,30 @@ SPECS = [
     spec("large", BLOCK=64),
     *(spec(f"single {block}", dtype="*fp32", BLOCK=block) for block in (16, 32, 64)),
     spec("only half", dtype="*fp16", BLOCK=128),
-    *(spec(f"double {block}", dtype="*fp64", BLOCK=block) for block in (16, 32, 64)),
     spec("another kernel", kernel="other", BLOCK=16),
-    spec("tuned", targets=("sm_80", "sm_86"), BLOCK=32),
-    spec("tuned half", dtype="*fp16", targets=("sm_80", "sm_86"), BLOCK=32),
+    own("d32", 32, 32),
+    own("d64", 64, 64),
+    own("d64 half", 64, 64, dtype="*fp16"),
+    own("d48", 48, 64),
+    own("d128", 128, 128, block=32),
+    own("d96", 96, 128, block=32),
+    own("d64 causal", 64, 64, CAUSAL=True),
+    own("d64 single", 64, 64, dtype="*fp32"),
+    replace(own("d64 warps", 64, 64), num_warps=8),
+    replace(own("d40", 40, 64), divisible_by_16=frozenset({"x_ptr"})),
+    replace(own("d72", 72, 128), divisible_by_16=frozenset({"x_ptr"})),
 ]
+OWN = {s.name for s in SPECS if s.targets is not None}
+SHARE_A_TILE = {"d32", "d48", "d64 half", "d96", "d40"}
 
 
 @pytest.mark.parametrize(
     ("target", "thin", "left_out"),
     [
         ("sm_80", False, set()),
-        ("sm_90", False, {"tuned", "tuned half"}),
-        ("sm_90", True, {"tuned", "tuned half", "half small", "single 32", "double 32"}),
-        ("sm_80", True, {"tuned half", "half small", "middle", "single 32", "double 32"}),
+        ("sm_90", False, OWN),
+        ("sm_90", True, OWN | {"half small", "single 16", "single 32"}),
+        ("sm_80", True, SHARE_A_TILE | {"half small", "small", "middle", "single 16", "single 32"}),
     ],
 )
 def test_what_is_left_out_has_something_standing_for_it(
@@ -194,3 +216,29 @@ def test_what_is_left_out_has_something_standing_for_it(
 ) -> None:
     monkeypatch.setattr(resources, "specs_of", lambda *_: {s.name: s for s in SPECS})
     assert set(resources.select("any", target, thin)) == {s.name for s in SPECS} - left_out
+
+
+@pytest.mark.parametrize("target", resources.TARGETS)
+@pytest.mark.parametrize(("which", "module"), [("forward", VARIED[0]), ("dkdv", VARIED[1]), ("dq", VARIED[1])])
+def test_no_tile_is_left_out(target: str, which: str, module: str) -> None:
+    """Every attention tile that is launched on a target is compiled for it, for either size of an element."""
+    specs = [resources.specs_of(module)[name] for name in resources.select(module, target, thin=True)]
+    specs = [s for s in specs if s.kernel.__name__ == f"attention_{NAMES[which]}_kernel"]
+    found = {
+        (4 if s.signature["q_ptr"] == "*fp32" else 2, "q_stride_s" in s.divisible_by_16, *tile_in(s)) for s in specs
+    }
+    wanted = set()
+    for family, dtypes, _, _, tiles in attention_tiles.shipped_tiles():
+        size = 4 if "fp32" in dtypes else 2
+        if family == target:
+            unaligned = getattr(attention_tiles.unaligned_tiles(family, size), which)
+            wanted |= {(size, True, *astuple(getattr(tiles, which))), (size, False, *astuple(unaligned))}
+    assert found == wanted
+
+
+NAMES = {"forward": "fwd", "dkdv": "bwd_dkdv", "dq": "bwd_dq"}
+
+
+def tile_in(known: CompileSpec) -> tuple[Any, ...]:
+    tile = resources.tile_of(known)
+    return tuple(tile.get(key) for key in ("block_m", "block_n", "warps", "stages", "max_registers"))

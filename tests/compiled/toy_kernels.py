@@ -43,6 +43,7 @@ class _Crash:
 SCALE = {"x_ptr": "*bf16", "y_ptr": "*bf16", "factor_ptr": "*fp32", "bias": "fp32", "stride": "i32"}
 ALIGNED = frozenset({"x_ptr", "y_ptr", "stride"})
 SPILL = {"x_ptr": "*bf16", "y_ptr": "*bf16", "z_ptr": "*fp32"}
+TF32 = {"x_ptr": "*fp32", "y_ptr": "*fp32", "z_ptr": "*fp32"}
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -50,6 +51,7 @@ def compile_specs() -> list[CompileSpec]:
         CompileSpec("scale[aligned]", scale_kernel, SCALE, {"COLUMNS": 1024}, 4, 3, ALIGNED),
         CompileSpec("scale[unaligned]", scale_kernel, SCALE, {"COLUMNS": 1024}, 4, 3),
         CompileSpec("spilling", spilling_kernel, SPILL, {"M": 256, "N": 256, "K": 64}, 4, 3),
+        CompileSpec("tf32", spilling_kernel, TF32, {"M": 16, "N": 16, "K": 16}, 4, 3),
         CompileSpec("broken", broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK_N": 64}),
         CompileSpec("incomplete", scale_kernel, {"x_ptr": "*bf16"}, {"COLUMNS": 64}),
         CompileSpec("crashing", _Crash(), {}, {}),
