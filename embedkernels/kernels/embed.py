@@ -172,7 +172,6 @@ def embed_stats_kernel(
             total += _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN,
                                  SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
         mean = tl.sum(total, axis=1) / D
-        tl.store(mean_ptr + rows, mean, mask=live)
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
@@ -180,6 +179,8 @@ def embed_stats_kernel(
                         POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
         centred = tl.where((columns < D)[None, :], x - mean[:, None], 0.0)
         squares += centred * centred
+    if NORM == 1:
+        tl.store(mean_ptr + rows, mean, mask=live)
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps), mask=live)
 
 
@@ -316,11 +317,15 @@ def embed_bwd_kernel(
         grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D, BLOCK_D,
                          DROPOUT, MASK)  # fmt: skip
         if NORM:
+            if NORM == 1:
+                mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
             x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
                             POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
             # Beyond the last row or column x-hat is arbitrary, but grad is zero there and multiplies it everywhere.
-            x_hat = _normalised(x, mean_ptr, rows, live, rstd, NORM)
+            if NORM == 1:
+                x -= mean[:, None]
+            x_hat = x * rstd[:, None]
             if NEED_NORM:
                 weight_sum += grad * x_hat
                 bias_sum += grad
@@ -329,16 +334,16 @@ def embed_bwd_kernel(
                     grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
                 if WIDE:
                     along = tl.load(projection_ptr + rows, mask=live, other=0.0)
+                    if NORM == 1:
+                        level = tl.load(projection_ptr + n + rows, mask=live, other=0.0)
                 else:
                     along = tl.sum(grad * x_hat, axis=1) / D
-                dx = grad - x_hat * along[:, None]
-                if NORM == 1:
-                    if WIDE:
-                        level = tl.load(projection_ptr + n + rows, mask=live, other=0.0)
-                    else:
+                    if NORM == 1:
                         level = tl.sum(grad, axis=1) / D
-                    dx -= level[:, None]
-                grad = dx * rstd[:, None]
+                grad -= x_hat * along[:, None]
+                if NORM == 1:
+                    grad -= level[:, None]
+                grad *= rstd[:, None]
         if NEED_ROWS:
             if DROPOUT == 2:
                 grad = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), grad * scale, 0.0)

@@ -75,6 +75,11 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("embed_bwd_reduce_kernel*", "sm_*", 64, HALF, False, False, "reads partial sums, writes one row"),
     Bound("embed_stats_kernel*", "sm_*", 64, HALF, False, False, "writes two numbers a row"),
     Bound("embed_projection_kernel*", "sm_*", 64, HALF, False, False, "writes two numbers a row"),
+    *(
+        Bound(f"embed_*,{label},*", "sm_*", 80, 0.37, True, False, "every part of the formula, or a sine an element")
+        for label in ("everything", "rows given", "sinusoids", "rounded sinusoids")
+    ),
+    Bound("count_positions_kernel*", "sm_*", 96, THIRD, False, False, "one program a sequence: the count is serial"),
     Bound("embed_*", "sm_*", 64, HALF, True, False, "bound by memory, and half occupied for the whole front end"),
     Bound("embedding_fwd_kernel[d33,*", "sm_*", 64, HALF, False, False, "rows that are not multiples of 16 bytes"),
     Bound("embedding_fwd_kernel*", "sm_*", 64, HALF, True, False, "bound by memory: nothing but a copy"),

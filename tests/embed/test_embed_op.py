@@ -18,8 +18,8 @@ def op_arguments(case: Case, dropout_p: float) -> tuple[Any, ...]:
     p, o = case.parameters, case.options
     flat = {name: o[name].flatten() if name in o else None for name in ("position_ids", "type_ids", "mask")}
     extra = p["extra"].reshape(-1, p["extra"].shape[-1]) if "extra" in p else None
-    seed = torch.tensor([12345], device=case.ids.device) if dropout_p > 0 else None
     rows = p["weight"] if "weight" in p else p["inputs_embeds"]
+    seed = torch.tensor([12345], device=rows.device) if dropout_p > 0 else None
     return (
         case.ids, rows, o.get("scale", 1.0), p.get("position_weight"), o.get("sinusoids", "none"), -1,
         flat["position_ids"], 0, p.get("type_weight"), flat["type_ids"], extra, flat["mask"], o.get("norm", "none"),
