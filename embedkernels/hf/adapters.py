@@ -1,8 +1,10 @@
-"""Which Hugging Face classes can be fused, and how: one table. A new model is one row.
+"""What of Hugging Face can be fused, and how: one table, of the forwards that look tokens up.
 
-A row names the stock class that looks tokens up, the attributes that hold its parts and the recipe that fuses them
-(``embedkernels.hf.fused``). Nothing of transformers is imported here: a module matches a row by the name of its class
-and of the module that defines it.
+Models copy their input embeddings from one another, so a row stands for a forward, not for a class: it holds the
+fingerprint of the source (``embedkernels.hf.bodies``), the attributes that hold the parts, and how they are put
+together. Every class of transformers with that forward has that row, new ones too, and a class whose forward a
+release changes has none. Models that have their embeddings in the middle of their own forward are rows by name.
+Tables that no row covers are looked up one by one, which needs no row. Nothing of transformers is imported here.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-Recipe = Literal["stem", "inline", "lookup"]
+from embedkernels.hf.bodies import fingerprint_of
+
+Recipe = Literal["stem", "inline", "scaled", "lookup"]
 
 
 @dataclass(frozen=True)
@@ -22,29 +26,48 @@ class Adapter:
     """One row of the table.
 
     Attributes:
-        model: the model's name in reports.
-        model_type: ``config.model_type``. Models of this type hand the attention mask to the attention function as
-            they got it, so it may have the compact form of ``embedkernels.hf.masks``.
-        module: the transformers module that defines the model.
-        cls: the class to fuse, in ``module``.
+        example: a class that has it, as ``"bert.BertEmbeddings"`` of transformers.models; for ``"inline"`` the one.
         recipe: ``"stem"``: a module of its own whose whole forward is one fused op. ``"inline"``: a model that adds
-            positions and drops out at the start of its forward. ``"lookup"``: a model that only looks tokens up.
-        tokens, positions, types, norm, dropout: attributes of ``cls`` that hold the parts; None where it has none.
+            positions, normalises or drops out at the start of its forward. ``"scaled"``: an nn.Embedding that
+            multiplies its rows. ``"lookup"``: an nn.Embedding.
+        body: fingerprint of the forward; None for ``"inline"``, whose calls are checked as they happen.
+        tokens, positions, types, norm, dropout: attributes that hold the parts; None where there is none. An inline
+            model's dropout may be a number.
+        scale: attribute with the factor of the token rows; None where there is none.
         position_rule: where position ids come from if none are given: ``"arange"`` or, counting the tokens that are
             not padding, ``"padding"``.
+        types_by_place: token types that are not given come from a buffer by place in the sequence, not by position.
+        position_first: positions are added before types.
+        dropout_first: dropout comes before the norm.
+        mask: the argument that rows are multiplied by.
+        optional: attributes that may be None.
+        off: attributes that must be None, False or 0 for the fused forward, which does not do what they ask for.
+        on: attributes that must be true if there are positions.
+        unused: arguments that change nothing while ``off`` holds.
+        bounded: stock refuses a sequence longer than the position table by itself.
+        returns_positions: the forward returns the position ids as well.
     """
 
-    model: str
-    model_type: str
-    module: str
-    cls: str
+    example: str
     recipe: Recipe
-    tokens: str
+    body: str | None = None
+    tokens: str = "word_embeddings"
     positions: str | None = None
     types: str | None = None
     norm: str | None = None
     dropout: str | None = None
+    scale: str | None = None
     position_rule: Literal["arange", "padding"] = "arange"
+    types_by_place: bool = False
+    position_first: bool = False
+    dropout_first: bool = False
+    mask: str | None = None
+    optional: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    bounded: bool = False
+    returns_positions: bool = False
 
     @functools.cached_property
     def tables(self) -> tuple[str, ...]:
@@ -55,9 +78,11 @@ class Adapter:
     def formula(self) -> str:
         """What is computed in one pass, for people."""
         summands = [word for word, part in (("position", self.positions), ("type", self.types)) if part]
-        steps = [" + ".join(["token", *summands])]
-        steps += ["norm"] * (self.norm is not None) + ["dropout"] * (self.dropout is not None)
-        return " -> ".join(steps)
+        if not self.position_first:
+            summands.reverse()
+        steps = [" + ".join(["scale * token" if self.scale else "token", *summands])]
+        after = [word for word, part in (("norm", self.norm), ("mask", self.mask), ("dropout", self.dropout)) if part]
+        return " -> ".join(steps + (after[::-1] if self.dropout_first else after))
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -65,87 +90,225 @@ class Adapter:
         return ("embedding" if self.recipe == "lookup" else "embed", "embedding_grad")
 
 
-def _bert_like(model: str, model_type: str, module: str, cls: str, **more: str) -> Adapter:
-    return Adapter(
-        model,
-        model_type,
-        f"transformers.models.{module}",
-        cls,
-        "stem",
-        "word_embeddings",
-        "position_embeddings",
-        "token_type_embeddings",
-        "LayerNorm",
-        "dropout",
-        **more,  # type: ignore[arg-type]
-    )
+LOOKUP = Adapter("nn.Embedding", "lookup", tokens="")
 
+
+def _stem(example: str, body: str, **parts: Any) -> Adapter:
+    """Token + type + position -> LayerNorm -> dropout by BERT's names, but for what is given."""
+    bert = {
+        "positions": "position_embeddings",
+        "types": "token_type_embeddings",
+        "norm": "LayerNorm",
+        "dropout": "dropout",
+    }
+    return Adapter(example, "stem", body, **(bert | parts))
+
+
+def _inline(example: str, tokens: str, positions: str | None, **parts: Any) -> Adapter:
+    return Adapter(example, "inline", None, tokens, positions, **parts)
+
+
+_TOKEN_AND_POSITION = {
+    "tokens": "token_embedding",
+    "positions": "position_embedding",
+    "types": None,
+    "norm": None,
+    "dropout": None,
+}
 
 ADAPTERS: tuple[Adapter, ...] = (
-    _bert_like("BERT", "bert", "bert.modeling_bert", "BertEmbeddings"),
-    _bert_like("ELECTRA", "electra", "electra.modeling_electra", "ElectraEmbeddings"),
-    _bert_like("RoBERTa", "roberta", "roberta.modeling_roberta", "RobertaEmbeddings", position_rule="padding"),
-    _bert_like(
-        "XLM-RoBERTa",
-        "xlm-roberta",
-        "xlm_roberta.modeling_xlm_roberta",
-        "XLMRobertaEmbeddings",
-        position_rule="padding",
+    # Token + type + position -> norm -> dropout.
+    _stem("bert.BertEmbeddings", "ce63879430a6"),
+    _stem("albert.AlbertEmbeddings", "e6d79a8cb701"),
+    _stem("align.AlignTextEmbeddings", "2e0da5ca6520", types_by_place=True),
+    _stem("splinter.SplinterEmbeddings", "51f82beb6794"),
+    _stem("rembert.RemBertEmbeddings", "4b24ac1ef3de"),
+    _stem("flava.FlavaTextEmbeddings", "149f8d4f8179", types_by_place=True),
+    _stem("ernie.ErnieEmbeddings", "e56dae0cbbf0", off=("use_task_id",), unused=("task_type_ids",)),
+    _stem("visual_bert.VisualBertEmbeddings", "d0d806cad339"),
+    _stem("convbert.ConvBertEmbeddings", "8ef58cfb2622", types_by_place=True, position_first=True),
+    _stem("squeezebert.SqueezeBertEmbeddings", "ccb7bb42d629", position_first=True),
+    _stem("tvp.TvpTextInputEmbeddings", "4b851ad7b898", position_first=True, norm="layer_norm"),
+    _stem(
+        "big_bird.BigBirdEmbeddings",
+        "9caf84f8ab5e",
+        types_by_place=True,
+        dropout_first=True,
+        off=("rescale_embeddings",),
     ),
-    _bert_like(
-        "CamemBERT", "camembert", "camembert.modeling_camembert", "CamembertEmbeddings", position_rule="padding"
+    _stem("megatron_bert.MegatronBertEmbeddings", "342d771a0b8b", norm=None),
+    _stem(
+        "deberta_v2.DebertaV2Embeddings",
+        "e999c2f0d2d6",
+        position_first=True,
+        mask="mask",
+        optional=("position_embeddings", "token_type_embeddings"),
+        off=("embed_proj",),
+        on=("position_biased_input",),
     ),
-    Adapter(
-        "DistilBERT",
-        "distilbert",
-        "transformers.models.distilbert.modeling_distilbert",
-        "Embeddings",
-        "stem",
-        "word_embeddings",
-        "position_embeddings",
-        norm="LayerNorm",
-        dropout="dropout",
+    # The same with positions that count the tokens which are not padding.
+    _stem("roberta.RobertaEmbeddings", "c60b976969b2", position_rule="padding"),
+    _stem("xlm_roberta_xl.XLMRobertaXLEmbeddings", "137e73f9061c", position_rule="padding", norm=None),
+    _stem("longformer.LongformerEmbeddings", "9e98cacff697", position_rule="padding", position_first=True),
+    _stem("luke.LukeEmbeddings", "3eea9cb4ad01", position_rule="padding", position_first=True),
+    _stem("lilt.LiltTextEmbeddings", "8f591de76fac", position_rule="padding", returns_positions=True),
+    _stem("mpnet.MPNetEmbeddings", "8275c227ccb5", position_rule="padding", types=None),
+    # Token + position -> norm -> dropout.
+    _stem("distilbert.Embeddings", "41885a96b16d", types=None),
+    _stem("bert_generation.BertGenerationEmbeddings", "2daebfc69f89", types=None),
+    _stem("git.GitEmbeddings", "02988ed0ba71", types=None),
+    _stem("blip.BlipTextEmbeddings", "ccf19fdb553c", types=None),
+    # Token + position.
+    _stem("clip.CLIPTextEmbeddings", "bcc81e6fc87c", **_TOKEN_AND_POSITION, bounded=True),
+    _stem("owlvit.OwlViTTextEmbeddings", "7b8e797281ea", **_TOKEN_AND_POSITION),
+    # Token + type -> norm -> dropout.
+    _stem("roformer.RoFormerEmbeddings", "56ccaa096468", positions=None),
+    _stem("nomic_bert.NomicBertEmbeddings", "f0b5df7b1612", positions=None, unused=("position_ids",)),
+    _stem(
+        "gte.GteEmbeddings",
+        "327b0c755985",
+        positions=None,
+        unused=("position_ids",),
+        optional=("token_type_embeddings",),
     ),
-    Adapter(
-        "GPT-2",
-        "gpt2",
-        "transformers.models.gpt2.modeling_gpt2",
-        "GPT2Model",
-        "inline",
-        "wte",
-        "wpe",
+    # Token -> norm -> dropout.
+    _stem(
+        "modernbert.ModernBertEmbeddings",
+        "480d505cb5a7",
+        tokens="tok_embeddings",
+        positions=None,
+        types=None,
+        norm="norm",
         dropout="drop",
     ),
-    Adapter(
-        "Llama", "llama", "transformers.models.llama.modeling_llama", "LlamaModel", "lookup", tokens="embed_tokens"
+    _stem("funnel.FunnelEmbeddings", "3f2a43946588", positions=None, types=None, norm="layer_norm"),
+    # Scaled rows: by a number, and by a number in the weight's dtype.
+    Adapter("bart.BartScaledWordEmbedding", "scaled", "e8fdd4d0918f", tokens="", scale="embed_scale"),
+    Adapter("gemma.GemmaTextScaledWordEmbedding", "scaled", "9f05a2901a2b", tokens="", scale="embed_scale"),
+    # Models with their embeddings in their own forward.
+    _inline("gpt2.GPT2Model", "wte", "wpe", dropout="drop"),
+    _inline("gpt_neo.GPTNeoModel", "wte", "wpe", dropout="drop"),
+    _inline("gpt_bigcode.GPTBigCodeModel", "wte", "wpe", dropout="drop"),
+    _inline("bloom.BloomModel", "word_embeddings", None, norm="word_embeddings_layernorm"),
+    *(
+        _inline(f"{model}{part}", "embed_tokens", "embed_positions", dropout="dropout", **parts)
+        for model, parts in (
+            ("bart.Bart", {"norm": "layernorm_embedding"}),
+            ("mbart.MBart", {"norm": "layernorm_embedding"}),
+            ("plbart.PLBart", {"norm": "layernorm_embedding"}),
+            ("mvp.Mvp", {"norm": "layernorm_embedding", "scale": "embed_scale"}),
+            ("bigbird_pegasus.BigBirdPegasus", {}),
+            ("blenderbot.Blenderbot", {}),
+            ("pegasus.Pegasus", {"scale": "embed_scale"}),
+            ("marian.Marian", {"scale": "embed_scale"}),
+        )
+        for part in ("Encoder", "Decoder")
     ),
 )
 
-_BY_CLASS = {(adapter.module, adapter.cls): adapter for adapter in ADAPTERS}
-_BY_MODULE = {adapter.module: adapter for adapter in ADAPTERS}
-MODEL_TYPES = frozenset(adapter.model_type for adapter in ADAPTERS)
+
+class PositionTable(NamedTuple):
+    """An nn.Embedding of positions whose forward only counts them, from ``past_key_values_length`` on.
+
+    Attributes:
+        example: a class that has it.
+        body: fingerprint of the forward.
+        offset: attribute with what is added to every position; None for nothing.
+        learned: whether gradients reach the table.
+    """
+
+    example: str
+    body: str
+    offset: str | None
+    learned: bool
 
 
-def supported() -> str:
-    """The models of the table, for messages."""
-    return ", ".join(adapter.model for adapter in ADAPTERS)
+POSITION_TABLES = (
+    PositionTable("bart.BartLearnedPositionalEmbedding", "8782d1730dfe", "offset", True),
+    PositionTable("blenderbot.BlenderbotLearnedPositionalEmbedding", "953ba78701c5", None, True),
+    PositionTable("marian.MarianSinusoidalPositionalEmbedding", "6b9d268e2aaa", None, False),
+)
+
+_PACKAGE = "transformers.models."
+_BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAPTERS if adapter.body is not None}
+_INLINE = {adapter.example: adapter for adapter in ADAPTERS if adapter.body is None}
+_POSITIONS: dict[str | None, PositionTable] = {table.body: table for table in POSITION_TABLES}
+# A forward that names none of these is of no row: its source need not be read.
+_NAMES = frozenset(adapter.tokens for adapter in ADAPTERS if adapter.recipe == "stem") | {"embed_scale"}
 
 
 def adapter_for(cls: type[nn.Module]) -> Adapter | None:
-    """The row whose stock class is exactly ``cls``; None for a subclass."""
-    adapter = _BY_CLASS.get((cls.__module__, cls.__qualname__))
-    if adapter is None or getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+    """The row of a class of transformers, by its own forward; None for any other class, subclasses of these too."""
+    if not _of_transformers(cls):
+        return None
+    inline = _INLINE.get(f"{cls.__module__.removeprefix(_PACKAGE).split('.')[0]}.{cls.__qualname__}")
+    if inline is not None:
+        return inline
+    forward: Any = cls.__dict__.get("forward")
+    code = getattr(forward, "__code__", None)
+    if code is None or _NAMES.isdisjoint(code.co_names):
+        return None
+    adapter = _BY_BODY.get(fingerprint_of(forward))
+    # A scaled table is an nn.Embedding; nothing else has this forward, or it would not be known what it scales.
+    if adapter is not None and adapter.recipe == "scaled" and cls.__mro__[1] is not nn.Embedding:
         return None
     return adapter
 
 
-def base_adapter(cls: type[nn.Module]) -> Adapter | None:
-    """The row of the first base of ``cls`` that has one."""
-    return next((row for row in map(adapter_for, cls.__mro__[1:]) if row is not None), None)
+def _of_transformers(cls: type) -> bool:
+    """Whether a class is one of transformers' models', and still what its module calls by that name."""
+    module = cls.__module__
+    return module.startswith(_PACKAGE) and getattr(sys.modules.get(module), cls.__qualname__, None) is cls
 
 
-def family_of(module: nn.Module) -> Adapter | None:
-    """The row of the model that ``module`` belongs to: its class or a base of it is defined in the row's module."""
+def position_table(cls: type) -> PositionTable | None:
+    """The row of a class that looks positions up."""
+    if not _of_transformers(cls) or cls.__mro__[1] is not nn.Embedding:
+        return None
+    return _POSITIONS.get(fingerprint_of(cls.__dict__["forward"]) if "forward" in cls.__dict__ else None)
+
+
+def base_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The first base of ``cls`` that has a row."""
+    return next((base for base in cls.__mro__[1:] if adapter_for(base) is not None), None)
+
+
+class Family(NamedTuple):
+    """Models whose attention is patched.
+
+    Attributes:
+        model: the name in reports.
+        model_type: ``config.model_type``. Models of this type hand the attention mask to the attention function as
+            they got it, so it may have the compact form of ``embedkernels.hf.masks``.
+        module: the transformers module that defines them.
+    """
+
+    model: str
+    model_type: str
+    module: str
+
+
+FAMILIES = (
+    Family("BERT", "bert", "transformers.models.bert.modeling_bert"),
+    Family("ELECTRA", "electra", "transformers.models.electra.modeling_electra"),
+    Family("RoBERTa", "roberta", "transformers.models.roberta.modeling_roberta"),
+    Family("XLM-RoBERTa", "xlm-roberta", "transformers.models.xlm_roberta.modeling_xlm_roberta"),
+    Family("CamemBERT", "camembert", "transformers.models.camembert.modeling_camembert"),
+    Family("DistilBERT", "distilbert", "transformers.models.distilbert.modeling_distilbert"),
+    Family("GPT-2", "gpt2", "transformers.models.gpt2.modeling_gpt2"),
+    Family("Llama", "llama", "transformers.models.llama.modeling_llama"),
+)
+MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)
+_BY_MODULE = {family.module: family for family in FAMILIES}
+
+
+def supported() -> str:
+    """What ``patch`` covers, for messages."""
+    return f"every nn.Embedding, and the attention of {', '.join(family.model for family in FAMILIES)}"
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of the model that ``module`` belongs to: its class or a base of it is defined in that module."""
     for base in type(module).__mro__:
         if base.__module__ in _BY_MODULE:
             return _BY_MODULE[base.__module__]

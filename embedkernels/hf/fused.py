@@ -52,8 +52,11 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 
 def empty_instance(stock: type[nn.Module]) -> nn.Module:
-    """An empty instance of the fused class of ``stock``: what pickle and deepcopy fill with the module's state."""
-    cls = fused_class(stock)
+    """An empty instance of the fused class of ``stock``: what pickle and deepcopy fill with the module's state.
+
+    Of the stock class itself where a pickle comes to a transformers whose forward is another.
+    """
+    cls = fused_class(stock) if stock is nn.Embedding or adapter_for(stock) is not None else stock
     return cls.__new__(cls)
 
 
@@ -64,7 +67,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``stock`` whose forward is fused.
 
     Args:
-        stock: nn.Embedding or the class of a row of the table.
+        stock: nn.Embedding or a class that has a row in the table.
 
     Raises:
         ValueError: for another class.
@@ -77,7 +80,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
 def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
     adapter = adapter_for(stock)
     if adapter is None and stock is not nn.Embedding:
-        raise ValueError(f"no adapter for {stock.__module__}.{stock.__qualname__}; supported: {supported()}")
+        raise ValueError(f"no adapter for {stock.__module__}.{stock.__qualname__}; patch covers {supported()}")
 
     base: type[nn.Module] = FusedEmbedding if adapter is None else stock
 
@@ -112,11 +115,28 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
 def _lookup_forward(self: Any, input: Tensor) -> Tensor:
     if not is_marked(self):
         return nn.Embedding.forward(self, input)
-    reason = FusedEmbedding.stock_reason(self)
+    reason = guards.lookup_problem(self)
     if reason is not None:
         guards.warn_once(self, "nn.Embedding", reason)
         return nn.Embedding.forward(self, input)
     return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+
+def _scaled_forward(adapter: Adapter, stock_forward: Forward) -> Forward:  # noqa: ARG001
+    """Rows times a number in one op."""
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, input_ids: Tensor) -> Any:
+        if not is_marked(self):
+            return stock_forward(self, input_ids)
+        scale, reason = state.scale_of(self, "embed_scale")
+        reason = guards.lookup_problem(self) or reason
+        if reason is not None:
+            guards.warn_once(self, stock_class(self).__name__, reason)
+            return stock_forward(self, input_ids)
+        return embed(input_ids, self.weight, scale=scale, padding_idx=self.padding_idx)
+
+    return forward
 
 
 def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]:
@@ -141,27 +161,34 @@ def _no_input(call: dict[str, Any]) -> bool:
     return call.get("input_ids") is None and call.get("inputs_embeds") is None
 
 
-def _misfit(call: dict[str, Any]) -> str | None:
+def _misfit(call: dict[str, Any], adapter: Adapter, understood: frozenset[Any]) -> str | None:
     """Why the ids of this call cannot be looked up in one op, which wants (B, S) and what broadcasts to it."""
-    if call.get("inputs_embeds") is not None:
-        return "inputs_embeds is given"
+    for name, given in call.items():
+        if given is not None and (name == "inputs_embeds" or name not in understood):
+            return f"{name} is given"
     input_ids = call["input_ids"]
     if input_ids.dim() != 2:
         return f"input_ids has {input_ids.dim()} dimensions, not 2"
     batch, length = input_ids.shape
     for name in ("position_ids", "token_type_ids"):
-        ids = call.get(name)
+        ids = None if name in adapter.unused else call.get(name)
         if ids is not None and not (ids.dim() == 2 and ids.shape[1] == length and ids.shape[0] in (1, batch)):
             return f"{name} is not of the shape of input_ids"
+    mask = None if adapter.mask is None else call.get(adapter.mask)
+    if mask is not None and (mask.shape != input_ids.shape or mask.is_floating_point()):
+        return f"{adapter.mask} is not of the shape of input_ids, or not of integers"
     return None
 
 
-def _positions(past: Any, input_ids: Tensor) -> tuple[Tensor | None, int]:
-    """Position ids for S tokens after ``past``, and a start: ids are needed only where the past is on the device."""
+def _positions(past: Any, input_ids: Tensor, first: int = 0) -> tuple[Tensor | None, int]:
+    """Position ids for S tokens after ``past``, and a start: ids are needed only where the past is on the device.
+
+    ``first`` is the position of the first token there was.
+    """
     if isinstance(past, Tensor):
-        count = torch.arange(input_ids.shape[1], device=input_ids.device)
+        count = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         return (count + past.to(input_ids.device)).unsqueeze(0), 0
-    return None, past
+    return None, past + first
 
 
 _STEM_ARGUMENTS = frozenset(
@@ -170,72 +197,119 @@ _STEM_ARGUMENTS = frozenset(
 
 
 def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
-    """Token + position (+ type) -> norm -> dropout in one op."""
+    """Token (+ position) (+ type) -> norm -> dropout in one op."""
     by_name = _bound_by_name(stock_forward)
-    understood = _STEM_ARGUMENTS & inspect.signature(stock_forward).parameters.keys()
+    parameters = inspect.signature(stock_forward).parameters
+    accepted = frozenset(parameters)
+    understood = frozenset((_STEM_ARGUMENTS | {adapter.mask, *adapter.unused}) & accepted)
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    from_padding = _ids_from_padding(stock_forward)
 
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_marked(self):
             return stock_forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
-        if call is None or not call.keys() <= understood or _no_input(call):
+        if call is None or _no_input(call) or not (any_name or call.keys() <= accepted):
             return stock_forward(self, *args, **kwargs)  # which raises
-        reason = _misfit(call) or guards.problem(self, adapter) or _beyond_buffers(self, adapter, call)
+        reason = _misfit(call, adapter, understood) or guards.problem(self, adapter)
+        reason = reason or _beyond_buffers(self, adapter, call)
         if reason is not None:
-            guards.warn_once(self, f"{adapter.cls} ({adapter.model})", reason)
+            guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, *args, **kwargs)
 
-        input_ids, position_ids, type_ids = call["input_ids"], call.get("position_ids"), call.get("token_type_ids")
+        input_ids, position_ids = call["input_ids"], call.get("position_ids")
         start = 0
         past = call.get("past_key_values_length", 0)
-        if position_ids is None and adapter.position_rule == "padding":
-            position_ids = self.create_position_ids_from_input_ids(input_ids, self.padding_idx, past)
+        positions = self._modules.get(adapter.positions)
+        if positions is None:
+            position_ids = None
+        elif adapter.bounded and input_ids.shape[1] > positions.weight.shape[0]:
+            return stock_forward(self, *args, **kwargs)  # which raises
+        elif position_ids is None and adapter.position_rule == "padding":
+            position_ids = from_padding(self, input_ids, past)
         elif position_ids is None:
-            position_ids, start = _positions(past, input_ids)
-        return _embed(self, adapter, input_ids, position_ids, start, type_ids)
+            position_ids, start = _positions(past, input_ids, state.first_position(self))
+        mask = None if adapter.mask is None else call.get(adapter.mask)
+        output = _embed(self, adapter, input_ids, position_ids, start, call.get("token_type_ids"), mask)
+        return (output, position_ids) if adapter.returns_positions else output
 
     return forward
 
 
+def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Tensor]:
+    """How the stock forward counts tokens that are not padding: with a method or with a function of its module."""
+    name = "create_position_ids_from_input_ids"
+    names: dict[str, Any] = getattr(stock_forward, "__globals__", {})
+    with_past = "past_key_values_length" in inspect.signature(stock_forward).parameters
+
+    def count(module: Any, input_ids: Tensor, past: Any) -> Tensor:
+        function = getattr(module, name, None) or names[name]
+        arguments = (input_ids, module.padding_idx, past) if with_past else (input_ids, module.padding_idx)
+        ids: Tensor = function(*arguments)
+        return ids
+
+    return count
+
+
 def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any]) -> str | None:
     """Why the buffers that stock would take ids from do not hold all that this call needs."""
+    positions = module._modules.get(adapter.positions)
+    if positions is None:
+        return None
     past, given = call.get("past_key_values_length", 0), call.get("position_ids") is not None
     end = None if given or isinstance(past, Tensor) else past + call["input_ids"].shape[1]
     if end is not None and adapter.position_rule == "padding":
         end += module.padding_idx + 1  # where positions start
-    read = []
+    read, rows = [], positions.weight.shape[0]
     if not given and adapter.position_rule == "arange":
         read.append("position_ids")
     if adapter.types is not None and call.get("token_type_ids") is None:
+        if adapter.types_by_place:
+            reason = state.length_problem(module, ["token_type_ids"], rows, call["input_ids"].shape[1])
+            return reason or state.length_problem(module, read, rows, end)
         read.append("token_type_ids")
-    rows = module._modules[adapter.positions].weight.shape[0]
     return state.length_problem(module, read, rows, end)
 
 
 def _embed(
-    module: Any, adapter: Adapter, ids: Tensor, position_ids: Tensor | None, start: int, type_ids: Tensor | None
+    module: Any,
+    adapter: Adapter,
+    ids: Tensor,
+    position_ids: Tensor | None,
+    start: int,
+    type_ids: Tensor | None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    parts = module._modules
-    tokens, positions = parts[adapter.tokens], parts[adapter.positions]
-    types = parts[adapter.types] if adapter.types else None
-    norm = parts[adapter.norm] if adapter.norm else None
-    dropout = parts[adapter.dropout]
+    parts: dict[str | None, Any] = module._modules
+    tokens = parts[adapter.tokens]
+    positions, types, norm, dropout = (
+        parts.get(name) for name in (adapter.positions, adapter.types, adapter.norm, adapter.dropout)
+    )
+    if dropout is not None:
+        dropout_p = dropout.p if dropout.training else 0.0
+    else:
+        dropout_p = float(getattr(module, adapter.dropout)) if adapter.dropout and module.training else 0.0
     output = embed(
         ids,
         tokens.weight,
-        position_weight=positions.weight,
+        scale=scale,
+        position_weight=None if positions is None else positions.weight,
         position_ids=position_ids,
         position_start=start,
         type_weight=None if types is None else types.weight,
         type_ids=None if types is None else type_ids,
+        position_first=adapter.position_first,
         norm=None if norm is None else "layer",
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else norm.bias,
         norm_eps=1e-12 if norm is None else norm.eps,
-        dropout_p=dropout.p if dropout.training else 0.0,
+        dropout_p=dropout_p,
+        dropout_first=adapter.dropout_first,
+        mask=mask,
         padding_idx=tokens.padding_idx,
-        position_padding_idx=positions.padding_idx,
+        position_padding_idx=None if positions is None else positions.padding_idx,
     )
     # The one hook that the guards let pass wants this of the lookup's output, for activation checkpointing.
     if tokens._forward_hooks and torch.is_grad_enabled() and not output.requires_grad:
@@ -243,13 +317,28 @@ def _embed(
     return output
 
 
+def _scale(module: Any, adapter: Adapter) -> tuple[float, str | None]:
+    """The factor of the token rows of an inline model, the table's own and the model's, and why it is not known."""
+    tokens = module._modules.get(adapter.tokens)
+    row = adapter_for(stock_class(tokens))
+    scale, reason = (1.0, None) if row is None else state.scale_of(tokens, str(row.scale))
+    if adapter.scale is None or reason is not None:
+        return scale, reason
+    factor, reason = state.scale_of(module, adapter.scale)
+    if row is not None and scale != 1.0 and factor != 1.0:
+        return 1.0, "its token rows have two factors"  # two roundings
+    return scale * factor, reason
+
+
 def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
-    """Token + position -> dropout in one op at the start of a model's own forward.
+    """Token (+ position) -> norm -> dropout in one op at the start of a model's own forward.
 
     The stock forward then runs as it is on ``inputs_embeds``, seeing the model through a :class:`_ModelView` in which
-    the position lookup and the dropout have already been done.
+    the position lookup, the norm and the dropout have already been done.
     """
     by_name = _bound_by_name(stock_forward)
+    takes_positions = "position_ids" in inspect.signature(stock_forward).parameters
+    warns = "warn_if_padding_and_no_attention_mask" in inspect.unwrap(stock_forward).__code__.co_names
 
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -259,22 +348,33 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         call = by_name(args, kwargs)
         if call is None or _no_input(call):
             return stock_forward(self, *args, **kwargs)  # which raises
-        reason = _misfit(call)
+        reason = _misfit(call, adapter, frozenset(call))
         if call.get("token_type_ids") is not None:
             reason = "token_type_ids is given: it is looked up in the token table and added after the positions"
         reason = reason or guards.problem(self, adapter)
+        scale = 1.0
+        if reason is None:
+            scale, reason = _scale(self, adapter)
         if reason is not None:
-            guards.warn_once(self, f"{adapter.cls} ({adapter.model})", reason)
+            guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, *args, **kwargs)
 
-        input_ids, position_ids = call["input_ids"], call.get("position_ids")
-        self.warn_if_padding_and_no_attention_mask(input_ids, call.get("attention_mask"))
-        start = 0
-        if position_ids is None:
-            cache = call.get("past_key_values")
-            position_ids, start = _positions(0 if cache is None else cache.get_seq_length(), input_ids)
-        embeds = _embed(self, adapter, input_ids, position_ids, start, None)
-        view = _ModelView(self, adapter)
+        input_ids = call["input_ids"]
+        if warns:
+            self.warn_if_padding_and_no_attention_mask(input_ids, call.get("attention_mask"))
+        position_ids, start = call.get("position_ids") if takes_positions else None, 0
+        positions = self._modules.get(adapter.positions)
+        if positions is not None:
+            offset = guards.position_offset(positions)
+            if position_ids is None:
+                cache = call.get("past_key_values")
+                position_ids, start = _positions(0 if cache is None else cache.get_seq_length(), input_ids, offset)
+            elif offset:
+                position_ids = position_ids + offset
+        else:
+            position_ids = None
+        embeds = _embed(self, adapter, input_ids, position_ids, start, None, scale=scale)
+        view = _ModelView(self, adapter, stock_class(self).__name__)
         output = stock_forward(view, **{**call, "input_ids": None, "inputs_embeds": embeds})
         view.check()
         return output
@@ -282,50 +382,64 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     return forward
 
 
-class _AlreadyAdded:
-    """What the position lookup returns when the positions are already in the embeddings: x + this is x."""
+class _Done:
+    """What a step of the embeddings gives that has been done already: x + this, and x * this, is x."""
 
-    def to(self, *args: Any, **kwargs: Any) -> _AlreadyAdded:  # noqa: ARG002
+    def to(self, *args: Any, **kwargs: Any) -> _Done:  # noqa: ARG002
         return self
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in ("add", "__add__", "__radd__") and not kwargs and len(args) == 2:
+        if getattr(func, "__name__", "") in _DONE and not kwargs and len(args) == 2:
             return args[1] if isinstance(args[0], cls) else args[0]
         return NotImplemented
 
 
+_DONE = frozenset({"add", "__add__", "__radd__", "mul", "__mul__", "__rmul__"})
+
+
 class _ModelView:
-    """A model as its own stock forward sees it during one call: without position lookup and embedding dropout.
+    """A model as its own stock forward sees it during one call: without what the fused op has done already.
 
     Everything else is the model's, attributes set included. One view serves one call, so nothing is shared between
     threads and nothing is left behind by an exception.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
-        self.__dict__.update(_model=model, _adapter=adapter, _calls=[])
-        self.__dict__[str(adapter.positions)] = self._add_nothing
-        self.__dict__[str(adapter.dropout)] = self._pass
+    def __init__(self, model: nn.Module, adapter: Adapter, name: str) -> None:
+        hidden = self.__dict__
+        hidden.update(_model=model, _name=name, _calls=[], _number=None)
+        hidden["_expected"] = [
+            part for part in (adapter.positions, adapter.norm, adapter.dropout) if part is not None
+        ]
+        if adapter.positions is not None:
+            hidden[adapter.positions] = self._add_nothing
+            hidden["_positions"] = adapter.positions
+        for part in (adapter.norm, adapter.dropout):
+            if part in model._modules:
+                hidden[str(part)] = functools.partial(self._pass, part)
+            elif part is not None:
+                hidden["_number"] = part
+        if adapter.scale is not None:
+            hidden[adapter.scale] = _Done()
 
-    def _add_nothing(self, position_ids: Tensor) -> _AlreadyAdded:  # noqa: ARG002
-        self._calls.append(self._adapter.positions)
-        return _AlreadyAdded()
+    def _add_nothing(self, *args: Any, **kwargs: Any) -> _Done:  # noqa: ARG002
+        self._calls.append(self._positions)
+        return _Done()
 
-    def _pass(self, hidden_states: Tensor) -> Tensor:
-        self._calls.append(self._adapter.dropout)
+    def _pass(self, part: str, hidden_states: Tensor) -> Tensor:
+        self._calls.append(part)
         return hidden_states
 
     def check(self) -> None:
-        """RuntimeError unless the stock forward has called both parts once, in the expected order."""
-        expected = [self._adapter.positions, self._adapter.dropout]
-        if self._calls != expected:
+        """RuntimeError unless the stock forward has called every part once, in the expected order."""
+        if self._calls != self._expected:
             import transformers
 
             raise RuntimeError(
-                f"embedkernels: {self._adapter.cls}.forward of transformers {transformers.__version__} called "
-                f"{self._calls} where {expected} was expected, so its embeddings cannot be fused: use "
+                f"embedkernels: {self._name}.forward of transformers {transformers.__version__} called "
+                f"{self._calls} where {self._expected} was expected, so its embeddings cannot be fused: use "
                 "patch(model, embeddings=False)"
             )
 
@@ -334,10 +448,17 @@ class _ModelView:
         return type(self._model)
 
     def __getattr__(self, name: str) -> Any:
+        if name == self.__dict__["_number"]:  # a probability that goes to F.dropout
+            self._calls.append(name)
+            return 0.0
         return getattr(self.__dict__["_model"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._model, name, value)
 
 
-_FORWARDS: dict[str, Callable[[Adapter, Forward], Forward]] = {"stem": _stem_forward, "inline": _inline_forward}
+_FORWARDS: dict[str, Callable[[Adapter, Forward], Forward]] = {
+    "stem": _stem_forward,
+    "inline": _inline_forward,
+    "scaled": _scaled_forward,
+}

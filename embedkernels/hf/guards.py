@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from embedkernels.hf import state
-from embedkernels.hf.adapters import Adapter
+from embedkernels.hf.adapters import Adapter, adapter_for, position_table
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.backend import needs_stock_autograd
+from embedkernels.ops.embedding_grad import DTYPES
 
 _HOOKS = (
     ("_forward_hooks", "a forward hook"),
@@ -29,7 +30,9 @@ _HOOKS = (
 _PLAIN = (nn.Parameter, torch.Tensor)
 
 
-def _looks_up_plainly(cls: type) -> bool:
+def looks_up_plainly(part: Any) -> bool:
+    """Whether a part is an nn.Embedding, ours or PyTorch's, and of no other class."""
+    cls = type(part)
     return cls is nn.Embedding or cls is FusedEmbedding or cls.__dict__.get("_embedkernels_stock") is nn.Embedding
 
 
@@ -65,14 +68,61 @@ def _not_a(stock: type, part: Any, name: str) -> str:
     return f"{name} is a {cls.__module__}.{cls.__qualname__}, not an nn.{stock.__name__}"
 
 
-def embedding_problem(part: Any, name: str) -> str | None:
-    """Why the lookup in ``part`` is not a plain one, or None if it is."""
-    if not _looks_up_plainly(type(part)):
+def embedding_problem(part: Any, name: str, adapter: Adapter) -> str | None:
+    """Why the lookup in ``part`` is not one that a fused forward does, or None if it is."""
+    if not looks_up_plainly(part) and not (adapter.recipe == "inline" and _known(part, name == adapter.positions)):
         return _not_a(nn.Embedding, part, name)
     if part.max_norm is not None or part.scale_grad_by_freq or part.sparse:
         return f"{name} uses max_norm, scale_grad_by_freq or sparse"
     if type(part.weight) not in _PLAIN:
         return f"{name}.weight is a {type(part.weight).__name__}, not a plain parameter"
+    return None
+
+
+def _known(part: Any, positions: bool) -> bool:
+    """Whether an inline model's table is of a class whose forward has a row."""
+    if positions:
+        row = position_table(type(part))
+        return row is not None and (row.learned or not part.weight.requires_grad)
+    scaled = adapter_for(getattr(type(part), "_embedkernels_stock", type(part)))
+    return scaled is not None and scaled.recipe == "scaled"
+
+
+def position_offset(part: Any) -> int:
+    """What a table of positions adds to each of them."""
+    row = None if looks_up_plainly(part) else position_table(type(part))
+    return 0 if row is None or row.offset is None else int(getattr(part, row.offset))
+
+
+def lookup_problem(part: Any) -> str | None:
+    """Why a patched table must run its stock forward now, or None if it may run the fused one.
+
+    Args:
+        part: an nn.Embedding, or a scaled one of the table's.
+    """
+    if part.max_norm is not None or part.scale_grad_by_freq or part.sparse:
+        return "it uses max_norm, scale_grad_by_freq or sparse"
+    weight = part.weight
+    # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op.
+    if type(weight) not in _PLAIN:
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if weight.dtype not in DTYPES:
+        return f"its weight is of {weight.dtype}"
+    if needs_stock_autograd(weight):
+        return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "torch.jit is tracing: the traced model should run without embedkernels"
+    return None
+
+
+def unfit(module: nn.Module, adapter: Adapter) -> str | None:
+    """Why a module can never be fused: a part is of a class of transformers' own, not of PyTorch's."""
+    for name in (*adapter.tables, adapter.norm, adapter.dropout):
+        part = None if name is None else module._modules.get(name)
+        if name in adapter.tables and adapter.recipe == "inline" and _known(part, name == adapter.positions):
+            continue
+        if part is not None and type(part).__module__.startswith("transformers."):
+            return f"{name} is a {type(part).__qualname__}, not one of PyTorch's own"
     return None
 
 
@@ -95,11 +145,19 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
     if _global_hooks():
         return "a hook on all modules is registered (torch.nn.modules.module.register_module_*_hook)"
     parts: dict[str, Any] = module._modules
+    for name in adapter.off:
+        if getattr(module, name, None):
+            return f"{name} is set"
+    for name in adapter.on:
+        if not getattr(module, name) and parts.get(adapter.positions) is not None:  # type: ignore[arg-type]
+            return f"{name} is not set"
     dtype, device = None, None
     read: list[torch.Tensor] = []
     for name in adapter.tables:
         part: Any = parts.get(name)
-        reason = embedding_problem(part, name) or _watched(part, name)
+        if part is None and name in adapter.optional:
+            continue
+        reason = embedding_problem(part, name, adapter) or _watched(part, name)
         if reason is not None:
             return reason
         weight = part.weight
@@ -108,6 +166,8 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
             dtype, device = weight.dtype, weight.device
         elif weight.dtype != dtype or weight.device != device:
             return f"{name} differs in dtype or device from {adapter.tokens}"
+        if name == adapter.types and part.padding_idx is not None:
+            return f"{name} has a padding_idx"
     if adapter.norm is not None:
         norm = parts.get(adapter.norm)
         if type(norm) is not nn.LayerNorm:
@@ -115,7 +175,10 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         reason = _watched(norm, adapter.norm)
         if reason is not None:
             return reason
-        for parameter in (norm.weight, norm.bias):
+        parameters: tuple[Any, ...] = (norm.weight, norm.bias)
+        for parameter in parameters:
+            if parameter is None:
+                continue
             if type(parameter) not in _PLAIN:
                 return f"{adapter.norm} has a parameter of type {type(parameter).__name__}"
             if parameter.dtype != dtype or parameter.device != device:
@@ -123,6 +186,8 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
             read.append(parameter)
     if adapter.dropout is not None:
         dropout = parts.get(adapter.dropout)
+        if dropout is None and isinstance(module.__dict__.get(adapter.dropout), int | float):
+            dropout = _NUMBER
         if type(dropout) is not nn.Dropout:
             return _not_a(nn.Dropout, dropout, adapter.dropout)
         reason = _watched(dropout, adapter.dropout)
@@ -137,6 +202,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
     return None
 
 
+_NUMBER = nn.Dropout(0.0)  # stands for a probability, which nothing can watch
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from embedkernels.hf import attention as hf_attention
 from embedkernels.hf import config, fused, guards
-from embedkernels.hf.adapters import Adapter, base_adapter, family_of, supported
+from embedkernels.hf.adapters import LOOKUP, Adapter, base_of, family_of, supported
 from embedkernels.hf.report import Entry, OpChoice, PatchReport, Status
 from embedkernels.hf.state import MARK, Mark
 from embedkernels.nn.embedding import FusedEmbedding
@@ -134,9 +134,8 @@ def _module(model: Any, function: str) -> nn.Module:
 
 
 def _unsupported(model: nn.Module, entries: list[Entry]) -> str:
-    return (
-        f"nothing to patch in {type(model).__name__}: supported are the embeddings and the attention of {supported()}"
-        + (f" ({_reasons(model, entries)})" if entries else "")
+    return f"nothing to patch in {type(model).__name__}: patch covers {supported()}" + (
+        f" ({_reasons(model, entries)})" if entries else ""
     )
 
 
@@ -164,28 +163,31 @@ def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step
         yield from _plan_attention(model)
 
 
+# Tables with shorter rows hold attention biases by distance, for a handful of heads: no embeddings.
+_SHORTEST = 16
+
+
 def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
     covered: set[int] = set()
     for path, module in model.named_modules():
+        if id(module) in covered:
+            continue
         adapter = fused.adapter_of(module)
-        if adapter is None:
-            base = base_adapter(type(module))
-            if base is not None:
-                covered.update(id(module._modules.get(table)) for table in base.tables)
-                derived = f"a subclass of {base.cls}, which may compute something else"
+        if adapter is None or adapter.recipe == "scaled":
+            if isinstance(module, nn.Embedding):
+                yield _plan_lookup(path, module, adapter)
+            elif (base := base_of(type(module))) is not None:
+                derived = f"a subclass of {base.__name__}, which may compute something else: its tables are looked up"
                 yield _left_alone(path, module, derived, notable=True)
             continue
-        if adapter.recipe == "lookup":
-            tokens = module._modules.get(adapter.tokens)
-            covered.add(id(tokens))
-            yield _plan_lookup(f"{path}.{adapter.tokens}".lstrip("."), module, adapter, tokens)
-            continue
-        covered.update(id(part) for part in module.children())
-        reason = "forward was replaced on the instance" if "forward" in module.__dict__ else None
-        yield _embedding_step(path, module, adapter, reason, guards.problem(module, adapter))
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and id(module) not in covered and not fused.is_fused(module):
-            yield _left_alone(path, module, "no adapter looks it up")
+        never = "forward was replaced on the instance" if "forward" in module.__dict__ else None
+        step = _embedding_step(
+            path, module, adapter, never or guards.unfit(module, adapter), guards.problem(module, adapter)
+        )
+        # The tables of a module that is left alone are looked up one by one.
+        if step.entry.status != "left alone":
+            covered.update(id(module._modules.get(table)) for table in adapter.tables)
+        yield step
 
 
 def _left_alone(path: str, module: nn.Module, reason: str, notable: bool = False) -> _Step:
@@ -193,20 +195,23 @@ def _left_alone(path: str, module: nn.Module, reason: str, notable: bool = False
     return _Step(Entry(path, "embeddings", name, name, "left alone", reason), module, False, notable)
 
 
-def _plan_lookup(path: str, parent: nn.Module, adapter: Adapter, tokens: nn.Module | None) -> _Step:
-    if tokens is None:
-        entry = Entry(path, "embeddings", type(parent).__name__, "-", "left alone", f"{adapter.tokens} is missing")
-        return _Step(entry, parent, False)
-    reason = guards.embedding_problem(tokens, adapter.tokens)
-    if reason is None and "forward" in tokens.__dict__:
-        reason = f"{adapter.tokens}.forward was replaced on the instance"
-    not_now = tokens.stock_reason() if isinstance(tokens, FusedEmbedding) else None
-    return _embedding_step(path, tokens, adapter, reason, not_now)
+def _plan_lookup(path: str, table: nn.Embedding, adapter: Adapter | None) -> _Step:
+    """A step for a table that nothing else covers."""
+    if adapter is None and not guards.looks_up_plainly(table) and not fused.is_fused(table):
+        return _left_alone(path, table, f"a {type(table).__name__}, not an nn.Embedding, and its forward has no row")
+    if table.weight.dim() == 2 and table.weight.shape[1] < _SHORTEST and not fused.is_fused(table):
+        return _left_alone(
+            path, table, f"rows of {table.weight.shape[1]} elements: an attention bias, not embeddings"
+        )
+    not_now = guards.lookup_problem(table)
+    never = "forward was replaced on the instance" if "forward" in table.__dict__ else not_now
+    return _embedding_step(path, table, adapter or LOOKUP, never, not_now)
 
 
 # Calls that a patched module runs stock, by recipe.
 _NOTES = {
     "lookup": "",
+    "scaled": "",
     "stem": "a call with inputs_embeds runs the stock forward",
     "inline": "a call with token_type_ids, inputs_embeds or ids that are not 2-D runs the stock forward, and so does "
     "torch.compile, where Inductor fuses it",

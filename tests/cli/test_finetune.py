@@ -399,22 +399,32 @@ def test_texts_whose_words_give_no_tokens_are_left_out(bert: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("here")
-def test_an_unsupported_model_is_trained_as_it_is_and_that_is_said(rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "heads"), [("FNet", {}), ("IBert", {"num_attention_heads": 1})])
+def test_models_of_no_family_are_trained_and_what_is_patched_is_said(
+    family: str, heads: dict[str, int], rows: Path, tmp_path: Path
+) -> None:
+    """FNet takes no attention mask, and has tables that are looked up; I-BERT's are its own."""
     words = support.tokenizer(special=True)
-    config = transformers.FNetConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, intermediate_size=16, max_position_embeddings=32
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        **heads,
     )
-    transformers.FNetModel(config).save_pretrained(tmp_path / "fnet")
-    words.save_pretrained(tmp_path / "fnet")
+    getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
     output = tmp_path / "out"
     done = command(
-        "finetune", "--model", tmp_path / "fnet", "--train", rows, "--output", output, "--max-steps", 2, *FAST
+        "finetune", "--model", tmp_path / "model", "--train", rows, "--output", output, "--max-steps", 2, *FAST
     )
     if done.exit_code:
         assert "attention_mask" not in done.stderr, done.stderr
     assert done.exit_code == 0, done.output
-    assert "nothing to patch in FNetForSequenceClassification" in said(done.stdout)
-    assert not figures(output)["report"]["active"]
+    patched = family == "FNet"
+    assert figures(output)["report"]["active"] == patched
+    assert (f"nothing to patch in {family}ForSequenceClassification" in said(done.stdout)) == (not patched)
 
 
 @pytest.mark.usefixtures("here")

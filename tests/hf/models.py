@@ -1,4 +1,4 @@
-"""Tiny random models, one for every row of the table of adapters, and inputs for them."""
+"""Tiny random models, one for every family whose attention is patched, and inputs for them."""
 
 from __future__ import annotations
 

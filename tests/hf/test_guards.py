@@ -212,12 +212,17 @@ def test_a_norm_of_another_kind_runs_stock():
     _same_with_one_warning(stock, patched, "LayerNorm is a torch.nn.modules.normalization.RMSNorm")
 
 
-def test_a_norm_without_bias_runs_stock():
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}])
+def test_a_norm_without_bias_or_weight_is_fused(options):
     def change(parent):
-        parent.LayerNorm = nn.LayerNorm(32, bias=False)
+        parent.LayerNorm = nn.LayerNorm(32, **options)
 
-    stock, patched, _ = _both("bert", change)
-    _same_with_one_warning(stock, patched, "LayerNorm has a parameter of type NoneType")
+    stock, patched, module = _both("bert", change)
+    assert guards.problem(module, fused.adapter_of(module)) is None
+    inputs = padded()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(patched(**inputs).last_hidden_state, stock(**inputs).last_hidden_state)
 
 
 def test_a_tensor_subclass_as_weight_runs_stock():

@@ -106,13 +106,13 @@ def test_a_position_buffer_shorter_than_the_table_fails_as_in_stock():
 
 def test_buffers_are_read_once_and_when_they_changed(monkeypatch):
     """Reading one waits for a GPU."""
-    looked, stock_check = [], state._holds_default
+    looked, stock_read = [], state._read_first
 
-    def holds_default(name, buffer):
+    def read_first(name, buffer):
         looked.append(name)
-        return stock_check(name, buffer)
+        return stock_read(name, buffer)
 
-    monkeypatch.setattr(state, "_holds_default", holds_default)
+    monkeypatch.setattr(state, "_read_first", read_first)
     _, patched = pair("bert")
     patched(ids())
     looked.clear()
@@ -252,7 +252,7 @@ def test_a_buffer_that_cannot_be_read_during_a_capture_is_not_trusted(monkeypatc
     fused_calls.clear()
     patched(inputs)
     assert len(fused_calls) == 1
-    monkeypatch.setattr(state, "_holds_default", None)
+    monkeypatch.setattr(state, "_read_first", None)
     patched.embeddings.token_type_ids = patched.embeddings.token_type_ids.clone()
     with pytest.warns(UserWarning, match="token_type_ids cannot be read while a CUDA graph is captured"):
         assert torch.equal(patched(inputs).last_hidden_state, stock(inputs).last_hidden_state)

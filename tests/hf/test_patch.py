@@ -179,22 +179,17 @@ def test_attention_chosen_by_name_stays():
 
 
 def test_an_unsupported_model_warns_or_raises_and_is_not_changed():
-    config = transformers.MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
-    for model in (transformers.MistralModel(config), nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4))):
+    for model in (transformers.ViTModel(config), nn.Sequential(nn.Linear(4, 4))):
         before = _facts(model)
         with pytest.warns(UserWarning, match=rf"nothing to patch in {type(model).__name__}"):
             report = ek.patch(model)
         assert not report.active
-        assert {entry.status for entry in report.entries} == {"left alone"}
+        assert {entry.status for entry in report.entries} <= {"left alone"}
         assert all(entry.reason for entry in report.entries)
-        with pytest.raises(ValueError, match=rf"{type(model).__name__}.* BERT, .*GPT-2, Llama"):
+        with pytest.raises(ValueError, match=rf"{type(model).__name__}.*every nn.Embedding.* BERT, .*GPT-2, Llama"):
             ek.patch(model, strict=True)
         assert _facts(model) == before
 
@@ -220,7 +215,7 @@ def test_the_report_says_what_runs_where_and_why(device):
         "patched",
     ):
         assert words in text
-    assert "token + position + type -> norm -> dropout" in text
+    assert "token + type + position -> norm -> dropout" in text
     assert "embed on cpu runs on torch: no Triton on cpu" in text
     assert "attention on cpu runs on torch" in text
     assert all(len(line) < 200 for line in text.splitlines())
@@ -260,12 +255,45 @@ def test_describe_changes_nothing():
     assert describe(model) == ek.patch(model)
 
 
-def test_tables_that_no_adapter_covers_are_listed():
+def test_tables_that_no_row_covers_are_looked_up_or_listed():
+    class Own(nn.Embedding):
+        def forward(self, input):
+            return super().forward(input) + 1
+
     model = build("llama")
-    model.extra = nn.Embedding(3, 4)
+    model.extra, model.bias, model.own = nn.Embedding(3, 16), nn.Embedding(3, 4), Own(3, 16)
     entries = {entry.path: entry for entry in ek.patch(model).entries if entry.part == "embeddings"}
-    assert entries["embed_tokens"].status == "patched"
-    assert (entries["extra"].status, entries["extra"].reason) == ("left alone", "no adapter looks it up")
+    assert {path: entry.status for path, entry in entries.items()} == {
+        "embed_tokens": "patched",
+        "extra": "patched",
+        "bias": "left alone",
+        "own": "left alone",
+    }
+    assert entries["bias"].reason == "rows of 4 elements: an attention bias, not embeddings"
+    assert entries["own"].reason == "a Own, not an nn.Embedding, and its forward has no row"
+
+
+def test_a_model_of_no_family_is_patched_in_its_tables_and_keeps_its_attention():
+    config = transformers.MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+    )
+    stock = transformers.MistralModel(config)
+    patched = copy.deepcopy(stock)
+    entries = ek.patch(patched, strict=True).entries
+    assert [(e.path, e.part, e.status) for e in entries] == [
+        ("embed_tokens", "embeddings", "patched"),
+        ("", "attention", "left alone"),
+    ]
+    assert isinstance(patched.embed_tokens, ek.FusedEmbedding)
+    input_ids = ids()
+    assert torch.equal(patched(input_ids).last_hidden_state, stock(input_ids).last_hidden_state)
+    ek.unpatch(patched)
+    assert type(patched.embed_tokens) is nn.Embedding
 
 
 @BY_NAME
@@ -474,4 +502,4 @@ def test_there_is_one_fused_class_per_stock_class():
     assert type(first.embeddings) is type(second.embeddings)
     with pytest.raises(ValueError, match="no adapter for"):
         fused.fused_class(nn.Linear)
-    assert len({(adapter.module, adapter.cls) for adapter in ADAPTERS}) == len(ADAPTERS)
+    assert len({adapter.body or adapter.example for adapter in ADAPTERS}) == len(ADAPTERS)

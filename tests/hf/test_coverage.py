@@ -1,0 +1,105 @@
+"""docs/coverage.md is what the installed transformers gives; the fingerprint of a forward is its meaning alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+
+from embedkernels.hf import coverage
+from embedkernels.hf.bodies import fingerprint, fingerprint_of
+
+FILE = Path(__file__).parents[2] / "docs" / "coverage.md"
+
+
+def _of(source: str) -> str:
+    return fingerprint(ast.parse(source).body[0])
+
+
+PLAIN = "def forward(self, a, b=None):\n    return self.norm(a + 1)"
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        'def other(self, a: int, b: "T" = None):\n    """Words."""\n    # More.\n\n    return self.norm((a + 1))',
+        "def forward(\n    self,\n    a,\n    b = None\n):\n    return self.norm(\n        a + 1,\n    )",
+    ],
+)
+def test_what_changes_nothing_does_not_change_the_fingerprint(same):
+    assert _of(same) == _of(PLAIN)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def forward(self, a, b=None):\n    return self.norm(a + 2)",
+        "def forward(self, a, b=None):\n    return self.norm(a - 1)",
+        "def forward(self, a, b=0):\n    return self.norm(a + 1)",
+        "def forward(self, b, a=None):\n    return self.norm(a + 1)",
+        "def forward(self, a, b=None):\n    return self.drop(a + 1)",
+        "def forward(self, a, b=None):\n    a += 1\n    return self.norm(a + 1)",
+        "@twice\ndef forward(self, a, b=None):\n    return self.norm(a + 1)",
+        "def forward(self, a, *, b=None):\n    return self.norm(a + 1)",
+    ],
+)
+def test_what_changes_something_changes_the_fingerprint(other):
+    assert _of(other) != _of(PLAIN)
+
+
+def test_a_variable_with_an_annotation_is_a_variable():
+    assert _of("def f(x):\n    y: int = x\n    return y") == _of("def f(x):\n    y = x\n    return y")
+
+
+def test_the_fingerprint_of_a_class_is_that_of_its_source():
+    cls = transformers.models.bert.modeling_bert.BertEmbeddings
+    tree = ast.parse(Path(transformers.models.bert.modeling_bert.__file__).read_text(encoding="utf-8"))
+    node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "BertEmbeddings")
+    assert fingerprint_of(cls.forward) == coverage._body(node)
+
+
+def test_what_has_no_source_has_no_fingerprint():
+    assert fingerprint_of(len) is None
+    names: dict[str, object] = {}
+    exec("def forward(self, a): return a", names)
+    assert fingerprint_of(names["forward"]) is None
+
+
+def test_the_file_is_what_the_installed_transformers_gives():
+    found = coverage.front_ends(coverage.models_folder())
+    text = coverage.render(found, transformers.__version__)
+    there = FILE.read_text(encoding="utf-8")
+    if f"from transformers {transformers.__version__} " in there:
+        assert there == text
+    total, covered = map(int, re.findall(r"\*\*(\d+) classes look tokens up: `patch` covers (\d+)", text)[0])
+    assert (total, covered) == (len(found), sum(one.adapter is not None for one in found))
+    assert total > 300
+    assert covered > 0.95 * total
+    assert all(one.why for one in found if one.adapter is None)
+    for cls in (
+        "bert.BertEmbeddings",
+        "llama.LlamaModel",
+        "bart.BartEncoder",
+        "gemma3.Gemma3TextModel",
+        "t5.T5Stack",
+    ):
+        assert cls in text
+
+
+def test_the_command_writes_checks_and_names_a_body(tmp_path, capsys):
+    file = tmp_path / "coverage.md"
+    assert coverage.main(["--write", str(file)]) == 0
+    assert coverage.main(["--check", str(file)]) == 0
+    file.write_text(file.read_text(encoding="utf-8").replace("bert.BertEmbeddings", ""), encoding="utf-8")
+    assert coverage.main(["--check", str(file)]) == 1
+    assert "run --write" in capsys.readouterr().out
+    other = file.read_text(encoding="utf-8").replace(f"transformers {transformers.__version__} ", "transformers 1.0 ")
+    file.write_text(other, encoding="utf-8")
+    assert coverage.main(["--check", str(file)]) == 0
+    assert "not compared" in capsys.readouterr().out
+    assert coverage.main(["--body", "bert.BertEmbeddings"]) == 0
+    assert "ce63879430a6 modeling_bert.py" in capsys.readouterr().out
+    assert coverage.main(["--body", "bert.Nothing"]) == 1
