@@ -50,10 +50,10 @@ def fingerprint_of(function: Callable[..., Any]) -> str | None:
     """The fingerprint of what a function runs, or None if its source cannot be read.
 
     A function around another (a decorator's, a patch's) is taken as it is: what it claims to wrap does not count. But
-    ``torch.no_grad`` is one of the decorators of what it wraps.
+    ``torch.no_grad`` and its like, which the source of what they wrap names as decorators, are looked through.
     """
     code = getattr(function, "__code__", None)
-    if code is not None and code.co_name == "decorate_context" and code.co_filename == _contextlib.__file__:
+    if code is not None and code.co_filename == _contextlib.__file__:
         code = getattr(getattr(function, "__wrapped__", None), "__code__", None)
     return None if code is None else _of_code(code)
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from embedkernels.hf import coverage
@@ -59,6 +60,22 @@ def test_the_fingerprint_of_a_class_is_that_of_its_source():
     tree = ast.parse(Path(transformers.models.bert.modeling_bert.__file__).read_text(encoding="utf-8"))
     node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "BertEmbeddings")
     assert fingerprint_of(cls.forward) == coverage._body(node)
+
+
+def test_a_decorator_of_torchs_is_looked_through_and_counts():
+    @torch.no_grad()
+    def frozen(x):
+        return x + 1
+
+    @torch.enable_grad()
+    def other(x):
+        return x + 1
+
+    def plain(x):
+        return x + 1
+
+    assert fingerprint_of(frozen) == _of("@torch.no_grad()\ndef forward(x):\n    return x + 1")
+    assert len({fingerprint_of(one) for one in (frozen, other, plain)}) == 3
 
 
 def test_what_has_no_source_has_no_fingerprint():
