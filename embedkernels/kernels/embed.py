@@ -18,7 +18,7 @@ Sums over rows are deterministic: a program adds its rows in order and stores on
 ``embed_bwd_reduce_kernel`` adds the partial rows in order. No atomics.
 
 Addresses are 64-bit; rows are numbered in 32 bits, and a loop's last step past them fits too (``MOST_ROWS``).
-Each kernel's fifteen arguments from ``ids_ptr`` to ``factor`` are the sources of a row.
+Each kernel's seventeen arguments from ``ids_ptr`` to ``places`` are the sources of a row.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ REDUCE_ROWS = 128
 REDUCE_COLUMNS = 16
 # What may change from launch to launch without a new compilation.
 VARYING = ("n", "token_rows", "position_rows", "position_start", "position_period", "type_rows", "type_period",
-           "extra_period", "mask_period")  # fmt: skip
+           "extra_period", "places", "mask_period")  # fmt: skip
 
 
 @triton.jit
@@ -93,19 +93,28 @@ def _every_row(row_ptr, columns, D: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-                 POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr,
-                 REPORT: tl.constexpr):  # fmt: skip
+                 POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, PACKED: tl.constexpr,
+                 EXTRA: tl.constexpr, REPORT: tl.constexpr):  # fmt: skip
     """((factor·W[ids] + T[type_ids]) + P[position_ids]) + extra of a tile, in fp32.
 
     GIVEN: the rows themselves stand in the place of W, and there are no ids. POSITION and TYPE: 0 no such table,
     1 implicit ids (position_start + s; type 0), 2 ids from memory. SINUSOIDS: 0 a learned table, else constants of
     ``kernels.sinusoids`` stand in its place, and the position whose row is zeros in that of its size; 2 where angles
-    are rounded. EXTRA: whether there is such a term. What is the same in every sequence is stored once:
+    are rounded. PACKED: row r is that of the place packed[r] among the ids. EXTRA: whether there is such a term. What
+    is the same in every sequence is stored once:
     row r uses number r % period. ``errors`` is (flag_ptr, record_ptr).
     """
     (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
      position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-     factor) = sources  # fmt: skip
+     factor, packed_ptr, places) = sources  # fmt: skip
+    if PACKED:
+        chosen = tl.load(packed_ptr + rows, mask=live, other=0).to(tl.int64)
+        known = live & (chosen >= 0) & (chosen < places)
+        if REPORT:
+            bad = live & (known == 0) & (tl.program_id(1) == 0)
+            report_bad_id(bad, chosen, rows.to(tl.int64), places, 3, EMBED, errors[0], errors[1])
+        live = known
+        rows = tl.where(known, chosen, 0).to(tl.int32)
     if GIVEN:
         x = _table(weight_ptr, token_rows, rows.to(tl.int64), live, rows, columns, errors, D, 0, False)
     else:
@@ -138,10 +147,11 @@ def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: t
 @triton.jit
 def _norm_input(rows, live, first, columns, sources, errors, seed_ptr, p, scale, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr,
-                TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr, DROPOUT: tl.constexpr,
-                REPORT: tl.constexpr):  # fmt: skip
+                TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, PACKED: tl.constexpr, EXTRA: tl.constexpr,
+                DROPOUT: tl.constexpr, REPORT: tl.constexpr):  # fmt: skip
     """The summed rows, after the dropout where that comes before the norm (DROPOUT == 2)."""
-    x = _summed_rows(rows, live, columns, sources, errors, D, GIVEN, SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, REPORT)
+    x = _summed_rows(rows, live, columns, sources, errors, D, GIVEN, SCALE, POSITION, TYPE, SINUSOIDS, PACKED, EXTRA,
+                     REPORT)  # fmt: skip
     if DROPOUT == 2:
         x = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), x * scale, 0.0)
     return x
@@ -151,9 +161,9 @@ def _norm_input(rows, live, first, columns, sources, errors, seed_ptr, p, scale,
 def embed_stats_kernel(
     mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows,
     position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-    factor, n, eps, seed_ptr, p, scale, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr,
-    EXTRA: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
+    factor, packed_ptr, places, n, eps, seed_ptr, p, scale, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+    SINUSOIDS: tl.constexpr, PACKED: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/std of summed rows wider than a tile: one walk for the mean, one for the centred squares.
 
@@ -161,7 +171,7 @@ def embed_stats_kernel(
     """
     sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
                position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-               factor)  # fmt: skip
+               factor, packed_ptr, places)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -170,13 +180,13 @@ def embed_stats_kernel(
         for first in range(0, D, BLOCK_D):
             columns = first + tl.arange(0, BLOCK_D)
             total += _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN,
-                                 SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
+                                 SCALE, POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
         mean = tl.sum(total, axis=1) / D
     squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                        POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
+                        POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
         centred = tl.where((columns < D)[None, :], x - mean[:, None], 0.0)
         squares += centred * centred
     if NORM == 1:
@@ -188,11 +198,11 @@ def embed_stats_kernel(
 def embed_fwd_kernel(
     out_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr,
     position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr,
-    extra_period, factor, n, norm_weight_ptr, norm_bias_ptr, eps, seed_ptr, p, scale, mask_ptr, mask_period, flag_ptr,
-    record_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr,
-    SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr,
+    extra_period, factor, packed_ptr, places, n, norm_weight_ptr, norm_bias_ptr, eps, seed_ptr, p, scale, mask_ptr,
+    mask_period, flag_ptr, record_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr,
+    PACKED: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of y. Mean and rstd are written with it, or read where WIDE.
 
@@ -200,14 +210,14 @@ def embed_fwd_kernel(
     """
     sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
                position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-               factor)  # fmt: skip
+               factor, packed_ptr, places)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     first = tl.program_id(1) * BLOCK_D
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < D
     y = _norm_input(rows, live, first, columns, sources, (flag_ptr, record_ptr), seed_ptr, p, scale, D, BLOCK_D,
-                    GIVEN, SCALE, POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, True)  # fmt: skip
+                    GIVEN, SCALE, POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, True)  # fmt: skip
     if NORM:
         if WIDE:
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
@@ -260,15 +270,15 @@ def _normalised(x, mean_ptr, rows, live, rstd, NORM: tl.constexpr):
 def embed_projection_kernel(
     projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr,
     position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr, type_weight_ptr, type_rows,
-    type_period, extra_ptr, extra_period, factor, n, norm_weight_ptr, seed_ptr, p, scale, mask_ptr, mask_period,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr,
-    POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    type_period, extra_ptr, extra_period, factor, packed_ptr, places, n, norm_weight_ptr, seed_ptr, p, scale,
+    mask_ptr, mask_period, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GIVEN: tl.constexpr,
+    SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr, PACKED: tl.constexpr,
+    EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """For rows wider than a tile, with g = grad·weight: projection[0] = mean(g·x-hat), projection[1] = mean(g)."""
     sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
                position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-               factor)  # fmt: skip
+               factor, packed_ptr, places)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
     rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
@@ -279,7 +289,7 @@ def embed_projection_kernel(
         grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D, BLOCK_D,
                          DROPOUT, MASK)  # fmt: skip
         x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                        POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
+                        POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
         if WEIGHT:
             grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
         along += grad * _normalised(x, mean_ptr, rows, live, rstd, NORM)
@@ -292,11 +302,11 @@ def embed_projection_kernel(
 def embed_bwd_kernel(
     grad_rows_ptr, partial_ptr, projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows,
     position_ids_ptr, position_weight_ptr, position_rows, position_start, position_period, type_ids_ptr,
-    type_weight_ptr, type_rows, type_period, extra_ptr, extra_period, factor, n, norm_weight_ptr, seed_ptr, p, scale,
-    mask_ptr, mask_period, row_scale, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr, SINUSOIDS: tl.constexpr,
-    EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_NORM: tl.constexpr,
+    type_weight_ptr, type_rows, type_period, extra_ptr, extra_period, factor, packed_ptr, places, n, norm_weight_ptr,
+    seed_ptr, p, scale, mask_ptr, mask_period, row_scale, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, GIVEN: tl.constexpr, SCALE: tl.constexpr, POSITION: tl.constexpr, TYPE: tl.constexpr,
+    SINUSOIDS: tl.constexpr, PACKED: tl.constexpr, EXTRA: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, NEED_ROWS: tl.constexpr, NEED_NORM: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the summed rows times row_scale, and this program's part of those of the norm's weight and bias.
 
@@ -305,7 +315,7 @@ def embed_bwd_kernel(
     """
     sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
                position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
-               factor)  # fmt: skip
+               factor, packed_ptr, places)  # fmt: skip
     first = tl.program_id(1) * BLOCK_D
     columns = first + tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -321,7 +331,7 @@ def embed_bwd_kernel(
                 mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
             x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                            POSITION, TYPE, SINUSOIDS, EXTRA, DROPOUT, False)  # fmt: skip
+                            POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
             # Beyond the last row or column x-hat is arbitrary, but grad is zero there and multiplies it everywhere.
             if NORM == 1:
                 x -= mean[:, None]
@@ -426,6 +436,7 @@ class Inputs:
         type_weight: (rows, D) or None; type_ids of N or S elements, None for type 0.
         extra: (N or S, D) or None.
         mask: N or S elements, floating point or uint8, or None.
+        packed: int32 or int64 (M,), the places among the N of the rows to make, or None for all.
         norm: ``"none"``, ``"layer"`` or ``"rms"``.
         dropout_p, dropout_first, seed: dropout and whether it comes before the norm; its seed.
     """
@@ -443,13 +454,14 @@ class Inputs:
     type_ids: Tensor | None
     extra: Tensor | None
     mask: Tensor | None
+    packed: Tensor | None
     norm: str
     dropout_p: float
     dropout_first: bool
     seed: Tensor | None
 
     def sources(self) -> tuple[Any, ...]:
-        """The kernels' arguments from ``ids_ptr`` to ``factor``; ``weight`` stands in for what is not there."""
+        """The kernels' arguments from ``ids_ptr`` to ``places``; ``weight`` stands in for what is not there."""
         nothing = self.weight
         position_weight, position_rows = nothing, 0
         if self.position_weight is not None:
@@ -465,6 +477,8 @@ class Inputs:
             self.position_start, self.length if self.position_ids is None else self.position_ids.numel(),
             nothing if self.type_ids is None else self.type_ids, type_weight, type_weight.shape[0],
             1 if self.type_ids is None else self.type_ids.numel(), extra, extra.shape[0], self.scale,
+            nothing if self.packed is None else self.packed,
+            nothing.shape[0] if self.ids is None else self.ids.numel(),
         )  # fmt: skip
 
     def dropout(self) -> tuple[Any, ...]:
@@ -489,6 +503,7 @@ class Inputs:
             "SINUSOIDS": {"none": 0, "fairseq": 2}.get(self.sinusoids, 1),
             "TYPE": kind(self.type_weight is not None, self.type_ids),
             "EXTRA": self.extra is not None,
+            "PACKED": self.packed is not None,
             "NORM": NORMS.index(self.norm),
             "DROPOUT": 0 if self.dropout_p == 0.0 else 2 if self.dropout_first else 1,
         }
@@ -579,11 +594,12 @@ def embed_backward(
 _POINTERS = {
     "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32", "ids_ptr": "i64",
     "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32", "record_ptr": "i64",
-    "mask_ptr": "u8",
+    "mask_ptr": "u8", "packed_ptr": "i64",
 }  # fmt: skip
 _FLOATS = ("eps", "p", "scale", "factor", "row_scale")
 # What BERT does; constexprs that are not here are on.
-_HEAVIEST = {"SINUSOIDS": 0, "GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1, "MASK": False}
+_HEAVIEST = {"SINUSOIDS": 0, "PACKED": False, "GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1,
+             "MASK": False}  # fmt: skip
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -637,6 +653,7 @@ def compile_specs() -> list[CompileSpec]:
         ("int32,", int32, 2, 2, {}),
         ("gpt2,", None, 1, 0, gpt2),
         ("everything,", None, 2, 2, everything),
+        ("packed,", None, 1, 2, {"PACKED": True}),
         ("rows given,", None, 1, 1, given),
         ("sinusoids,", {"position_weight_ptr": "fp32"}, 1, 0, {"SINUSOIDS": 1, "SCALE": True}),
         ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),

@@ -53,6 +53,7 @@ def embed(
     dropout_p: float = 0.0,
     dropout_first: bool = False,
     mask: Tensor | None = None,
+    packed: Tensor | None = None,
     padding_idx: int | None = None,
     position_padding_idx: int | None = None,
     backend: Backend | None = None,
@@ -92,12 +93,17 @@ def embed(
             elements are scaled by 1 / (1 - dropout_p). Reproducible with ``torch.manual_seed``.
         dropout_first: drop before the norm instead of after it.
         mask: broadcastable to (..., S), bool or a number: the factor of every row, 0 for padding. Gets no gradient.
+        packed: int32 or int64 (M,), places among the flattened ids, in [0, N): only their rows are made, one after
+            the other, each with the position it has in its own sequence. For padding-free training the places of the
+            real tokens, ``attention_mask.flatten().nonzero()[:, 0]``.
         padding_idx: row of W that gets no gradient. Negative values count from the end.
         position_padding_idx: row of P that gets no gradient; with sinusoids the position whose row is zeros.
         backend: ``"triton"``, ``"torch"`` or None for the best there is.
 
     Returns:
-        (..., S, D), contiguous, in the dtype of ``weight``; under CUDA autocast fp32 with a LayerNorm, like its own.
+        (..., S, D), or (M, D) with ``packed``; contiguous, in the dtype of ``weight``,
+        under CUDA autocast fp32 with a
+        LayerNorm, like its own.
 
     Raises:
         IndexError: an id out of its table's range (on a GPU by the next call of an op or by
@@ -118,9 +124,10 @@ def embed(
     rows = weight if inputs_embeds is None else inputs_embeds
     numbers = check_call(
         ids, weight, inputs_embeds, scale, position_weight, sinusoids, position_padding_idx, position_ids,
-        position_start, type_weight, type_ids, extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask,
+        position_start, type_weight, type_ids, extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask, packed,
     )  # fmt: skip
     assert rows is not None
+    shape = rows.shape[:-1] if ids is None else ids.shape
     scale, position_start, norm_eps, dropout_p = numbers
     padding = -1 if weight is None else normalized_padding(padding_idx, weight.shape[0], "embed")
     position_padding = -1
@@ -142,15 +149,16 @@ def embed(
     if chosen == "torch":
         if sinusoids is not None and position_ids is not None:
             id_errors.check_ids(position_ids, MOST_POSITIONS, "position", "embed")
+        if packed is not None:
+            id_errors.check_ids(packed, math.prod(shape), "packed", "embed")
         return _composed(
             look_up, ids, weight, inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight,
             sinusoids=sinusoids, position_ids=position_ids, position_start=position_start, type_weight=type_weight,
             type_ids=type_ids, extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight,
             norm_bias=norm_bias, norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask,
-            padding_idx=padding if padding >= 0 else None,
+            packed=packed, padding_idx=padding if padding >= 0 else None,
             position_padding_idx=position_padding if position_padding >= 0 else None,
         )  # fmt: skip
-    shape = rows.shape[:-1] if ids is None else ids.shape
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=rows.device)
@@ -159,7 +167,7 @@ def embed(
     out: Tensor = torch.ops.embedkernels.embed_forward(
         None if ids is None else ids.contiguous(), rows, scale, position_weight, sinusoids or "none",
         position_padding, _flat(position_ids, shape), position_start, type_weight, _flat(type_ids, shape), extra,
-        _flat(mask, shape), norm or "none", norm_weight, norm_bias, norm_eps, dropout_p,
+        _flat(mask, shape), packed, norm or "none", norm_weight, norm_bias, norm_eps, dropout_p,
         dropout_first and norm is not None, seed, reference.norm_dtype(rows.device,
         rows.dtype) if norm == "layer" else rows.dtype, padding,
     )[0]  # fmt: skip
@@ -191,7 +199,7 @@ _library = torch.library.Library("embedkernels", "FRAGMENT")
 _SHARED = (
     "Tensor? ids, Tensor weight, float scale, Tensor? position_weight, str sinusoids, int position_padding_idx, "
     "Tensor? position_ids, SymInt position_start, Tensor? type_weight, Tensor? type_ids, Tensor? extra, "
-    "Tensor? mask, str norm, Tensor? norm_weight, Tensor? norm_bias"
+    "Tensor? mask, Tensor? packed, str norm, Tensor? norm_weight, Tensor? norm_bias"
 )
 _library.define(
     f"embed_forward({_SHARED}, float norm_eps, float dropout_p, bool dropout_first, Tensor? seed, ScalarType dtype, "
@@ -203,30 +211,36 @@ _library.define(
 )
 
 
+def _output_shape(ids: Tensor | None, weight: Tensor, packed: Tensor | None) -> tuple[int, ...]:
+    if packed is not None:
+        return packed.shape[0], weight.shape[-1]
+    return tuple(weight.shape) if ids is None else (*ids.shape, weight.shape[1])
+
+
 def _forward_impl(
     ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
     position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool, seed: Tensor | None,
-    dtype: torch.dtype, padding_idx: int,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool,
+    seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     device = weight.device
     id_errors.raise_pending(device)
     choose("embed", device, "triton")
     inputs = kernel_inputs(
         ids, weight, scale, position_weight, sinusoids, position_padding_idx, position_ids, position_start,
-        type_weight, type_ids, extra, mask, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
+        type_weight, type_ids, extra, mask, packed, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
     )  # fmt: skip
     if device.type == "cpu":
         for given, rows, name in (
             (ids, weight.shape[0], "token"),
             (type_ids, None if type_weight is None else type_weight.shape[0], "token type"),
             (position_ids, position_rows(position_weight, sinusoids), "position"),
+            (packed, weight.numel() // weight.shape[-1] if ids is None else ids.numel(), "packed"),
         ):
             if given is not None and rows is not None:
                 id_errors.check_ids(given, rows, name, "embed")
-    shape = weight.shape if ids is None else (*ids.shape, weight.shape[1])
-    out = weight.new_empty(shape, dtype=dtype)
+    out = weight.new_empty(_output_shape(ids, weight, packed), dtype=dtype)
     if out.numel() == 0:
         return out, weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, dtype=torch.float32)
     from embedkernels.kernels import embed as kernels
@@ -243,11 +257,11 @@ def _forward_impl(
 def _forward_fake(
     ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
     position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool, seed: Tensor | None,
-    dtype: torch.dtype, padding_idx: int,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool,
+    seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    shape = weight.shape if ids is None else (*ids.shape, weight.shape[1])
+    shape = _output_shape(ids, weight, packed)
     rows = math.prod(shape[:-1])
     mean, rstd = (
         weight.new_empty(rows if there else 0, dtype=torch.float32) for there in (norm == "layer", norm != "none")
@@ -258,16 +272,17 @@ def _forward_fake(
 def _backward_impl(
     grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
     position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None,
-    row_scale: float, need_rows: bool, need_norm: bool,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float,
+    dropout_first: bool, seed: Tensor | None, row_scale: float, need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     choose("embed", weight.device, "triton")
     inputs = kernel_inputs(
         ids, weight, scale, position_weight, sinusoids, position_padding_idx, position_ids, position_start,
-        type_weight, type_ids, extra, mask, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed, grad=grad,
+        type_weight, type_ids, extra, mask, packed, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
+        grad=grad,
     )  # fmt: skip
-    check_saved(grad, ids, weight, norm, mean, rstd)
+    check_saved(grad, ids, weight, packed, norm, mean, rstd)
     width = weight.shape[-1]
     if grad.numel() == 0:
         norm_grads = (
@@ -287,9 +302,9 @@ def _backward_impl(
 def _backward_fake(
     grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
     position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, dropout_first: bool, seed: Tensor | None,
-    row_scale: float, need_rows: bool, need_norm: bool,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float,
+    dropout_first: bool, seed: Tensor | None, row_scale: float, need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = weight.new_empty((math.prod(grad.shape[:-1]) if need_rows else 0, weight.shape[-1]))
     weight_grad, bias_grad = (
@@ -300,8 +315,8 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
     (ids, weight, ctx.scale, position_weight, ctx.sinusoids, ctx.position_padding_idx, position_ids,
-     ctx.position_start, type_weight, type_ids, extra, mask, ctx.norm, norm_weight, norm_bias, _, ctx.dropout_p,
-     ctx.dropout_first, seed, _, ctx.padding_idx) = inputs  # fmt: skip
+     ctx.position_start, type_weight, type_ids, extra, mask, packed, ctx.norm, norm_weight, norm_bias, _,
+     ctx.dropout_p, ctx.dropout_first, seed, _, ctx.padding_idx) = inputs  # fmt: skip
     _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
@@ -313,14 +328,14 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor
     tables: tuple[Tensor | None, ...] = (weight, position_weight, type_weight, extra, norm_weight, norm_bias)
     if ctx.norm == "none":
         tables = (None,) * len(tables)
-    ctx.save_for_backward(ids, position_ids, type_ids, mask, *tables, mean, rstd, seed)
+    ctx.save_for_backward(ids, position_ids, type_ids, mask, packed, *tables, mean, rstd, seed)
 
 
 # The arguments of embed_forward, in their order.
 _ARGUMENTS = (
     "ids", "weight", "scale", "position_weight", "sinusoids", "position_padding_idx", "position_ids",
-    "position_start", "type_weight", "type_ids", "extra", "mask", "norm", "norm_weight", "norm_bias", "norm_eps",
-    "dropout_p", "dropout_first", "seed", "dtype", "padding_idx",
+    "position_start", "type_weight", "type_ids", "extra", "mask", "packed", "norm", "norm_weight", "norm_bias",
+    "norm_eps", "dropout_p", "dropout_first", "seed", "dtype", "padding_idx",
 )  # fmt: skip
 
 
@@ -328,8 +343,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     need = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     if grad is None:
         return (None,) * len(_ARGUMENTS)
-    (ids, position_ids, type_ids, mask, weight, position_weight, type_weight, extra, norm_weight, norm_bias, mean,
-     rstd, seed) = ctx.saved_tensors  # fmt: skip
+    (ids, position_ids, type_ids, mask, packed, weight, position_weight, type_weight, extra, norm_weight, norm_bias,
+     mean, rstd, seed) = ctx.saved_tensors  # fmt: skip
     # The factor is that of the token rows alone: the kernel applies it only where nothing else needs a gradient.
     others = need["position_weight"] or need["type_weight"] or need["extra"]
     row_scale = ctx.scale if need["weight"] and not others else 1.0
@@ -343,14 +358,25 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         rows, weight_grad, bias_grad = torch.ops.embedkernels.embed_backward(
             grad, ids, weight, ctx.scale, position_weight, ctx.sinusoids if norm else "none",
             ctx.position_padding_idx, position_ids if norm else None, ctx.position_start if norm else 0, type_weight,
-            type_ids if norm else None, extra, mask, ctx.norm, norm_weight, norm_bias, mean, rstd, ctx.dropout_p,
-            ctx.dropout_first, seed, row_scale, need_rows, need_norm,
+            type_ids if norm else None, extra, mask, packed if norm else None, ctx.norm, norm_weight, norm_bias, mean,
+            rstd, ctx.dropout_p, ctx.dropout_first, seed, row_scale, need_rows, need_norm,
         )  # fmt: skip
         grads |= {"norm_weight": weight_grad, "norm_bias": bias_grad}
     else:
         rows = grad.reshape(-1, width).to(ctx.dtype)
+    scaled = rows if row_scale == ctx.scale else rows * ctx.scale
+    parts = _packed_gradients if packed is not None else _gradients
+    grads |= parts(ctx, need, rows, scaled, ids, position_ids, type_ids, packed)
+    return tuple(grads[name] if need[name] else None for name in _ARGUMENTS)
+
+
+def _gradients(
+    ctx: Any, need: dict[str, bool], rows: Tensor, scaled: Tensor, ids: Tensor | None, position_ids: Tensor | None,
+    type_ids: Tensor | None, packed: None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of the parts of a row, from the gradients of all rows."""
+    grads: dict[str, Tensor] = {}
     if need["weight"]:
-        scaled = rows if row_scale == ctx.scale else rows * ctx.scale
         if ids is None:
             grads["weight"] = scaled.view(ctx.shape)
         else:
@@ -358,7 +384,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
                 scaled, ids.reshape(-1), ctx.shape[0], ctx.padding_idx
             )
     # What is the same in every sequence is summed over the sequences first.
-    n, length = rows.shape[0], grad.shape[-2] if grad.dim() > 1 else 1
+    (n, width), length = rows.shape, _length(ctx, ids)
     shared = {
         "position_weight": position_ids is None or position_ids.numel() == length,
         "type_weight": type_ids is not None and type_ids.numel() == length,
@@ -380,7 +406,48 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         grads["type_weight"] = _table_grad(summed, type_ids, 0, ctx.type_rows, -1)
     if need["extra"]:
         grads["extra"] = source("extra")
-    return tuple(grads[name] if need[name] else None for name in _ARGUMENTS)
+    return grads
+
+
+def _packed_gradients(
+    ctx: Any, need: dict[str, bool], rows: Tensor, scaled: Tensor, ids: Tensor | None, position_ids: Tensor | None,
+    type_ids: Tensor | None, packed: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of the parts of a row, from the gradients of the rows at ``packed``: a scatter each, in a fixed order."""
+    count = math.prod(ctx.shape[:-1]) if ids is None else ids.numel()
+    known = (packed >= 0) & (packed < count)
+    places = packed.clamp(0, max(0, count - 1))
+
+    def scattered(source: Tensor, at: Tensor, size: int, padding_idx: int = -1) -> Tensor:
+        # An id of -1 is dropped.
+        at = torch.where(known, at, -1)
+        grad: Tensor = torch.ops.embedkernels.embedding_backward(source, at, size, padding_idx)
+        return grad
+
+    def chosen(given: Tensor) -> Tensor:
+        return given.reshape(-1)[places % given.numel()]
+
+    grads: dict[str, Tensor] = {}
+    if need["weight"]:
+        if ids is None:
+            grads["weight"] = scattered(scaled, places, count).view(ctx.shape)
+        else:
+            grads["weight"] = scattered(scaled, chosen(ids), ctx.shape[0], ctx.padding_idx)
+    if need["position_weight"]:
+        at = ctx.position_start + places % _length(ctx, ids) if position_ids is None else chosen(position_ids)
+        grads["position_weight"] = scattered(rows, at, ctx.position_rows, ctx.position_padding_idx)
+    if need["type_weight"]:
+        kinds = torch.zeros_like(places) if type_ids is None else chosen(type_ids)
+        grads["type_weight"] = scattered(rows, kinds, ctx.type_rows)
+    if need["extra"]:
+        grads["extra"] = scattered(rows, places % ctx.extra_rows, ctx.extra_rows)
+    return grads
+
+
+def _length(ctx: Any, ids: Tensor | None) -> int:
+    """S."""
+    shape = ctx.shape[:-1] if ids is None else ids.shape
+    return shape[-1] if len(shape) else 1
 
 
 def _table_grad(source: Tensor, ids: Tensor | None, start: int, rows: int, padding_idx: int) -> Tensor:

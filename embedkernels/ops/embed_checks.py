@@ -27,7 +27,7 @@ def check_call(
     position_weight: Tensor | None, sinusoids: str | None, position_padding_idx: int | None,
     position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
     type_ids: Tensor | None, extra: Tensor | None, norm: str | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, mask: Tensor | None,
+    norm_bias: Tensor | None, norm_eps: float, dropout_p: float, mask: Tensor | None, packed: Tensor | None,
 ) -> tuple[float, int, float, float]:  # fmt: skip
     """The arguments of the public function. Returns scale, position_start, norm_eps and dropout_p, as numbers."""
     if inputs_embeds is not None:
@@ -62,6 +62,10 @@ def check_call(
         _check_broadcast("mask", mask, shape, rows)
         if mask.requires_grad:
             raise ValueError("embed: mask gets no gradient, but requires one: detach it")
+    if packed is not None:
+        check_packed(packed, rows)
+        if mask is not None:
+            raise ValueError("embed: mask and packed are both given: rows that are packed are not masked")
     if norm not in NORMS:
         raise ValueError(f"embed: norm must be None, 'layer' or 'rms', got {norm!r}")
     check_norm_parameters(norm is not None, norm_weight, norm_bias, rows)
@@ -93,6 +97,16 @@ def checked_scale(scale: float) -> float:
     if not _SMALLEST_SCALE <= abs(scale) <= _LARGEST_SCALE:
         raise ValueError(f"embed: scale must be between 2**-100 and 2**100 in magnitude, got {scale}")
     return scale
+
+
+def check_packed(packed: Tensor, rows: Tensor) -> None:
+    """A list of places."""
+    _check_is_tensor("packed", packed)
+    if packed.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"embed: packed must be int32 or int64, got {packed.dtype}")
+    if packed.dim() != 1:
+        raise ValueError(f"embed: packed must be 1-D, got shape {tuple(packed.shape)}")
+    _check_device("packed", packed, rows)
 
 
 def position_rows(position_weight: Tensor | None, sinusoids: str | None) -> int | None:
@@ -147,8 +161,9 @@ def checked_dropout(dropout_p: float) -> float:
 def kernel_inputs(
     ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
     zero_position: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, norm: str, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, dropout_p: float, dropout_first: bool, seed: Tensor | None, grad: Tensor | None = None,
+    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, dropout_p: float, dropout_first: bool, seed: Tensor | None,
+    grad: Tensor | None = None,
 ) -> Inputs:  # fmt: skip
     """What the kernels read. Guards what addresses rest on: the ops can be called without ``embed``.
 
@@ -166,8 +181,10 @@ def kernel_inputs(
         raise ValueError(f"embed: norm must be one of {', '.join(NORMS)}, got {norm!r}")
     width = weight.shape[-1]
     shape = weight.shape[:-1] if ids is None else ids.shape
+    if packed is not None:
+        check_packed(packed, weight)
     if grad is not None and norm == "none":
-        shape = grad.shape[:-1]
+        shape, packed = grad.shape[:-1], None
         ids = position_weight = type_weight = extra = None
         sinusoids = "none"
     n, length = math.prod(shape), shape[-1] if shape else 1
@@ -193,13 +210,16 @@ def kernel_inputs(
         raise ValueError(f"embed: position_start must not be negative, got {position_start}")
     count = position_rows(position_weight, sinusoids)
     check_implicit_ids(length, count, position_ids, position_start, type_weight, type_ids)
+    if mask is not None and packed is not None:
+        raise ValueError("embed: mask and packed are both given: rows that are packed are not masked")
     check_sinusoids(None if sinusoids == "none" else sinusoids, position_weight, width, None)
     check_norm_parameters(norm != "none", norm_weight, norm_bias, weight)
     check_seed(dropout_p, seed, weight)
     return Inputs(
         contiguous(ids), weight.reshape(-1, width).contiguous(), checked_scale(scale), contiguous(position_weight),
         sinusoids, zero_position, contiguous(position_ids), position_start, length, contiguous(type_weight),
-        contiguous(type_ids), contiguous(extra), _factors(mask), norm, dropout_p, dropout_first, seed,
+        contiguous(type_ids), contiguous(extra), _factors(mask), contiguous(packed), norm, dropout_p, dropout_first,
+        seed,
     )  # fmt: skip
 
 
@@ -223,13 +243,14 @@ def check_seed(dropout_p: float, seed: Tensor | None, weight: Tensor) -> None:
 
 
 def check_saved(
-    grad: Tensor, ids: Tensor | None, weight: Tensor, norm: str, mean: Tensor, rstd: Tensor
+    grad: Tensor, ids: Tensor | None, weight: Tensor, packed: Tensor | None, norm: str, mean: Tensor, rstd: Tensor
 ) -> None:  # fmt: skip
     """What the backward reads beside the inputs."""
     width = weight.shape[-1]
     n = grad.numel() // width
     if norm != "none":
-        n = weight.numel() // width if ids is None else ids.numel()
+        counted = next((x for x in (packed, ids) if x is not None), None)
+        n = weight.numel() // width if counted is None else counted.numel()
     if grad.shape[-1:] != (width,) or grad.numel() != n * width:
         raise ValueError(f"embed: grad must have {n} x {width} elements, got shape {tuple(grad.shape)}")
     _check_device("grad", grad, weight)

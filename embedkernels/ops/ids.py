@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 # What a record's fields mean; the order is part of the kernels' interface (``embedkernels.kernels.ids``).
-TABLES = ("token", "position", "token type")
+TABLES = ("token", "position", "token type", "packed")
 OPS = ("embed", "embedding")
 RECORD_FIELDS = 6  # set, table, id, position, rows in the table, op
 

@@ -40,6 +40,7 @@ def embed(
     dropout_p: float = 0.0,
     dropout_first: bool = False,
     mask: Tensor | None = None,
+    packed: Tensor | None = None,
     padding_idx: int | None = None,
     position_padding_idx: int | None = None,
     lookup: Lookup = F.embedding,
@@ -57,8 +58,21 @@ def embed(
         seed: the dropout mask is that of ``reference.random.row_keep_mask``; None draws it with ``F.dropout``.
 
     Returns:
-        (..., S, D).
+        (..., S, D), or (M, D) where ``packed`` has M places.
     """
+    if packed is not None:
+        shape = ids.shape if ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
+        length = shape[-1] if shape else 1
+        if position_ids is None:
+            position_ids = torch.arange(position_start, position_start + length, device=packed.device)
+        # Everything at the packed places, as one sequence.
+        ids, position_ids, type_ids = (
+            None if x is None else x.expand(shape).reshape(-1)[packed] for x in (ids, position_ids, type_ids)
+        )
+        inputs_embeds, extra = (
+            None if x is None else x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1])[packed]
+            for x in (inputs_embeds, extra)
+        )
     if inputs_embeds is not None:
         y = inputs_embeds
     else:

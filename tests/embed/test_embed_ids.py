@@ -86,7 +86,7 @@ def launch(case: Case, errors: ErrorState, norm: bool) -> tuple[torch.Tensor, to
     inputs = kernels.Inputs(
         case.ids.flatten(), p["weight"].detach(), 1.0, p["position_weight"].detach(), "none", -1,
         o["position_ids"].flatten(), 0, case.ids.shape[-1], p["type_weight"].detach(), o["type_ids"].flatten(), None,
-        None, "layer" if norm else "none", 0.0, False, None,
+        None, None, "layer" if norm else "none", 0.0, False, None,
     )  # fmt: skip
     out = torch.full((case.ids.numel(), p["weight"].shape[1]), float("nan"), device=case.ids.device)
     mean, rstd = kernels.embed_forward(inputs, out, None, None, 1e-5, (errors.flag, errors.record))
@@ -301,6 +301,13 @@ ELSEWHERE = torch.device("meta")
         ({"extra": 1.0}, TypeError, "extra must be a Tensor, got float"),
         ({"extra": ROWS.to(ELSEWHERE)}, ValueError, "extra is on meta, weight is on cpu"),
         ({"mask": IDS[:, :2]}, ValueError, r"mask must broadcast to the shape \(2, 3\), got shape \(2, 2\)"),
+        ({"packed": [1]}, TypeError, "packed must be a Tensor, got list"),
+        ({"packed": IDS}, ValueError, r"packed must be 1-D, got shape \(2, 3\)"),
+        ({"packed": IDS[0].bool()}, TypeError, "packed must be int32 or int64, got torch.bool"),
+        ({"packed": IDS[0].to(ELSEWHERE)}, ValueError, "packed is on meta, weight is on cpu"),
+        ({"packed": IDS[0], "mask": IDS}, ValueError, "mask and packed are both given"),
+        ({"packed": IDS[0] + 6}, IndexError, "packed id 6 at position 0 .* out of range for a table of 6 rows"),
+        ({"packed": IDS[0] - 1, "backend": "triton"}, IndexError, "packed id -1 at position 0"),
         ({"mask": [1]}, TypeError, "mask must be a Tensor, got list"),
         ({"mask": torch.ones(2, 3, requires_grad=True)}, ValueError, "mask gets no gradient, but requires one"),
         ({"norm": "layer", "norm_eps": "1e-5"}, TypeError, "norm_eps must be a number, got str"),
@@ -323,7 +330,8 @@ def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
     return {
         "ids": IDS.to(device), "weight": WEIGHT.to(device), "scale": 1.0, "position_weight": None,
         "sinusoids": "none", "position_padding_idx": -1, "position_ids": None, "position_start": 0,
-        "type_weight": None, "type_ids": None, "extra": None, "mask": None, "norm": "layer", "norm_weight": None,
+        "type_weight": None, "type_ids": None, "extra": None, "mask": None, "packed": None, "norm": "layer",
+        "norm_weight": None,
         "norm_bias": None, "norm_eps": 1e-5, "dropout_p": 0.0, "dropout_first": False, "seed": None,
         "dtype": torch.float32, "padding_idx": -1, **changes,
     }  # fmt: skip
@@ -351,6 +359,7 @@ def op_arguments(device: torch.device, **changes: Any) -> dict[str, Any]:
         ({"extra": WEIGHT[:3, :3]}, ValueError, r"extra must be \(6 or 3, 4\), got \(3, 3\)"),
         ({"extra": WEIGHT[:3].double()}, TypeError, "extra must be torch.float32 like the tables"),
         ({"mask": IDS[0, :2]}, ValueError, "mask must have 6 or 3 elements, got 2"),
+        ({"packed": IDS}, ValueError, "packed must be 1-D"),
         ({"scale": float("nan")}, ValueError, "scale must be between"),
         ({"ids": None, "weight": WEIGHT.int()}, TypeError, "inputs_embeds must be floating point"),
         ({"ids": None, "weight": WEIGHT, "extra": WEIGHT[:3]}, ValueError, r"extra must be \(5 or 5, 4\)"),
@@ -375,7 +384,7 @@ def test_the_op_itself_refuses_what_would_read_beyond_a_tensor(
 def test_the_backward_op_refuses_what_it_would_read_beyond(short: str, device: torch.device) -> None:
     arguments = op_arguments(device, norm_weight=torch.ones(4, device=device))
     y, mean, rstd = torch.ops.embedkernels.embed_forward(**arguments)
-    shared = {name: arguments[name] for name in list(arguments)[:15]}
+    shared = {name: arguments[name] for name in list(arguments)[:16]}
     given = {"grad": y, **shared, "mean": mean, "rstd": rstd, "dropout_p": 0.0, "dropout_first": False, "seed": None}
     given |= {"row_scale": 1.0, "need_rows": True, "need_norm": True}
     torch.ops.embedkernels.embed_backward(**given)

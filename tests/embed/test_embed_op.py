@@ -22,7 +22,8 @@ def op_arguments(case: Case, dropout_p: float) -> tuple[Any, ...]:
     seed = torch.tensor([12345], device=rows.device) if dropout_p > 0 else None
     return (
         case.ids, rows, o.get("scale", 1.0), p.get("position_weight"), o.get("sinusoids", "none"), -1,
-        flat["position_ids"], 0, p.get("type_weight"), flat["type_ids"], extra, flat["mask"], o.get("norm", "none"),
+        flat["position_ids"], 0, p.get("type_weight"), flat["type_ids"], extra, flat["mask"], o.get("packed"),
+        o.get("norm", "none"),
         p.get("norm_weight"), p.get("norm_bias"), 1e-5, dropout_p, o.get("dropout_first", False), seed, rows.dtype, 0,
     )  # fmt: skip
 
@@ -46,6 +47,9 @@ def test_forward_op_with_every_part_passes_opcheck(source: str, norm: str, devic
         dropout_first=norm != "none",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.embedkernels.embed_forward, op_arguments(case, 0.2))
+    del case.options["mask"]
+    case.options["packed"] = torch.tensor([4, 0, 5], device=device)
+    torch.library.opcheck(torch.ops.embedkernels.embed_forward, op_arguments(case, 0.2))
 
 
 @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
@@ -55,7 +59,7 @@ def test_backward_op_passes_opcheck(need: tuple[bool, bool], device: torch.devic
     out, mean, rstd = torch.ops.embedkernels.embed_forward(*arguments)
     torch.library.opcheck(
         torch.ops.embedkernels.embed_backward,
-        (torch.randn_like(out), *arguments[:15], mean, rstd, *arguments[16:19], 1.0, *need),
+        (torch.randn_like(out), *arguments[:16], mean, rstd, *arguments[17:20], 1.0, *need),
     )
 
 
