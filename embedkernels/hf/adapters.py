@@ -34,6 +34,7 @@ class Adapter:
         tokens, positions, types, norm, dropout: attributes that hold the parts; None where there is none. An inline
             model's dropout may be a number.
         scale: attribute with the factor of the token rows; None where there is none.
+        scaled_table: the token table of an inline model is a scaled one.
         position_rule: where position ids come from if none are given: ``"arange"`` or, counting the tokens that are
             not padding, ``"padding"``.
         types_by_place: token types that are not given come from a buffer by place in the sequence, not by position.
@@ -57,6 +58,7 @@ class Adapter:
     norm: str | None = None
     dropout: str | None = None
     scale: str | None = None
+    scaled_table: bool = False
     position_rule: Literal["arange", "padding"] = "arange"
     types_by_place: bool = False
     position_first: bool = False
@@ -80,7 +82,7 @@ class Adapter:
         summands = [word for word, part in (("position", self.positions), ("type", self.types)) if part]
         if not self.position_first:
             summands.reverse()
-        steps = [" + ".join(["scale * token" if self.scale else "token", *summands])]
+        steps = [" + ".join(["scale * token" if self.scale or self.scaled_table else "token", *summands])]
         after = [word for word, part in (("norm", self.norm), ("mask", self.mask), ("dropout", self.dropout)) if part]
         return " -> ".join(steps + (after[::-1] if self.dropout_first else after))
 
@@ -193,12 +195,12 @@ ADAPTERS: tuple[Adapter, ...] = (
     *(
         _inline(f"{model}{part}", "embed_tokens", "embed_positions", dropout="dropout", **parts)
         for model, parts in (
-            ("bart.Bart", {"norm": "layernorm_embedding"}),
-            ("mbart.MBart", {"norm": "layernorm_embedding"}),
-            ("plbart.PLBart", {"norm": "layernorm_embedding"}),
+            ("bart.Bart", {"norm": "layernorm_embedding", "scaled_table": True}),
+            ("mbart.MBart", {"norm": "layernorm_embedding", "scaled_table": True}),
+            ("plbart.PLBart", {"norm": "layernorm_embedding", "scaled_table": True}),
             ("mvp.Mvp", {"norm": "layernorm_embedding", "scale": "embed_scale"}),
-            ("bigbird_pegasus.BigBirdPegasus", {}),
-            ("blenderbot.Blenderbot", {}),
+            ("bigbird_pegasus.BigBirdPegasus", {"scaled_table": True}),
+            ("blenderbot.Blenderbot", {"scaled_table": True}),
             ("pegasus.Pegasus", {"scale": "embed_scale"}),
             ("marian.Marian", {"scale": "embed_scale"}),
         )

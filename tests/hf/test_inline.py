@@ -112,6 +112,16 @@ def test_every_row_has_a_model_here():
 
 
 @BY_NAME
+def test_the_row_says_whether_tokens_are_scaled(name):
+    patched = _pair(name)[1]
+    row = next(one for one in ADAPTERS if one.example == name)
+    assert row.scaled_table == (type(patched._modules[row.tokens]) is not nn.Embedding)
+    scale, reason = fused._scale(patched, row)
+    assert reason is None
+    assert ("scale * token" in row.formula) == (scale != 1.0)
+
+
+@BY_NAME
 @DTYPES
 def test_outputs_are_bit_equal_and_gradients_keep_the_contract(name, dtype):
     stock, patched = _pair(name, dtype=dtype)

@@ -296,6 +296,31 @@ def test_a_model_of_no_family_is_patched_in_its_tables_and_keeps_its_attention()
     assert type(patched.embed_tokens) is nn.Embedding
 
 
+def test_t5_is_patched_in_its_tables_but_not_in_its_attention_biases():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    torch.manual_seed(0)
+    stock = transformers.T5ForConditionalGeneration(config).eval()
+    patched = copy.deepcopy(stock)
+    report = ek.patch(patched, strict=True)
+    statuses = {entry.path: entry.status for entry in report.entries if entry.part == "embeddings"}
+    assert {path for path, status in statuses.items() if status == "patched"} == {
+        "shared",
+        "encoder.embed_tokens",
+        "decoder.embed_tokens",
+    }
+    assert {path.split(".")[-1] for path, status in statuses.items() if status == "left alone"} == {
+        "relative_attention_bias"
+    }
+    inputs = padded()
+    results = [model(**inputs, decoder_input_ids=inputs["input_ids"]).logits for model in (stock, patched)]
+    assert torch.equal(*results)
+    upstream = torch.randn(results[0].shape)
+    for result in results:
+        result.backward(upstream)
+    for (key, theirs), ours in zip(stock.named_parameters(), patched.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, k=key: f"{k}: {text}")
+
+
 @BY_NAME
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save", "pickle protocol 2"])
 def test_copies_stay_patched_and_can_be_unpatched(name, how):

@@ -189,6 +189,26 @@ def test_the_kernels_are_close(name, device):
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-4, msg=lambda t, k=key: f"{k}: {t}")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip.CLIPTextEmbeddings",
+        "deberta_v2.DebertaV2Embeddings",
+        "longformer.LongformerEmbeddings",
+        "modernbert.ModernBertEmbeddings",
+        "roformer.RoFormerEmbeddings",
+        "yoso.YosoEmbeddings",
+    ],
+)
+def test_torch_compile_takes_the_whole_graph(name):
+    stock, patched = _pair(_one(name))
+    call = _calls(stock).get("mask") or _calls(stock)["ids"]
+    expected, _ = _run(stock, **call)
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**call), expected)
+    torch.compiler.reset()
+
+
 def _one(name: str) -> type[nn.Module]:
     return _classes(name)[0]
 
