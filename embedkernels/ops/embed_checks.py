@@ -91,11 +91,11 @@ def check_sinusoids(
         raise ValueError(f"embed: position_padding_idx must not be negative with sinusoids, got {padding_position}")
 
 
-def checked_scale(scale: float) -> float:
+def checked_scale(scale: float, op: str = "embed") -> float:
     """``scale`` as a number, which must be one in float32 too."""
-    scale = checked_number(scale, "scale", "embed")
+    scale = checked_number(scale, "scale", op)
     if not _SMALLEST_SCALE <= abs(scale) <= _LARGEST_SCALE:
-        raise ValueError(f"embed: scale must be between 2**-100 and 2**100 in magnitude, got {scale}")
+        raise ValueError(f"{op}: scale must be between 2**-100 and 2**100 in magnitude, got {scale}")
     return scale
 
 

@@ -11,6 +11,7 @@ from transformers.models.roberta.modeling_roberta import RobertaConfig, RobertaE
 
 import embedkernels as ek
 from embedkernels.reference.embed import positions_from_padding
+from embedkernels.reference.sinusoids import sinusoids
 
 
 def stem(**changes: object) -> ek.FusedInputEmbeddings:
@@ -82,6 +83,49 @@ def test_forward_is_embed_with_the_children_s_parameters(
     assert torch.equal(y, expected)
 
 
+def test_bart_s_front_end(ids: torch.Tensor, device: torch.device) -> None:
+    """Scaled tokens and positions from 2 on, then the norm."""
+    module = stem(scale=12**0.5, position_offset=2, num_types=None, dropout=0.0).to(device)
+    word, place = module.word_embeddings, module.position_embeddings
+    assert place is not None
+    expected = module.LayerNorm(word(ids) * 12**0.5 + place(torch.arange(2, 9, device=device)))
+    with ek.use_backend("torch"):
+        assert torch.equal(module(ids), expected)
+    later = module(ids[:, 3:], position_start=3)
+    torch.testing.assert_close(later, expected[:, 3:])
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "halves", "fairseq"])
+def test_sinusoids_need_no_table(layout: str, ids: torch.Tensor, device: torch.device) -> None:
+    module = stem(positions=layout, max_positions=None, num_types=None, norm="rms", dropout=0.0).to(device)
+    assert sorted(module.state_dict()) == ["LayerNorm.weight", "word_embeddings.weight"]
+    rows = sinusoids(torch.arange(5, 12, device=device), 12, layout).float()
+    torch.testing.assert_close(module(ids, position_start=5), module.LayerNorm(module.word_embeddings(ids) + rows))
+
+
+@pytest.mark.parametrize("positions", ["arange", "padding"])
+def test_rows_may_be_given(positions: str, ids: torch.Tensor, device: torch.device) -> None:
+    """As from the token table; positions then count every place, as RoBERTa's do."""
+    module = stem(positions=positions, dropout=0.0).to(device)
+    full = ids.masked_fill(ids == 1, 2)
+    rows = module.word_embeddings(full).detach().requires_grad_()
+    y = module(None, inputs_embeds=rows)
+    torch.testing.assert_close(y, module(full), rtol=0, atol=0)
+    y.square().sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.ne(0).any()
+    assert module.word_embeddings.weight.grad is None
+
+
+def test_mask_extra_and_packing_are_embed_s(ids: torch.Tensor, device: torch.device) -> None:
+    module = stem(dropout=0.0, dropout_first=True).to(device)
+    real, extra = ids != 1, torch.randn(7, 12, device=device)
+    y = module(ids, extra=extra, mask=real)
+    assert torch.equal(y.ne(0).any(-1), real)
+    packed = module(ids, extra=extra, packed=real.flatten().nonzero()[:, 0])
+    assert torch.equal(packed, y[real])
+
+
 def test_tokens_alone_without_norm_are_an_embedding(ids: torch.Tensor, device: torch.device) -> None:
     module = ek.FusedInputEmbeddings(30, 12, norm=None, dropout=0.0).to(device)
     assert list(module.state_dict()) == ["word_embeddings.weight"]
@@ -149,10 +193,19 @@ def test_compiled_without_graph_breaks_it_gives_the_same_bits(ids: torch.Tensor,
 
 
 def test_errors_name_the_argument(ids: torch.Tensor, device: torch.device) -> None:
-    with pytest.raises(ValueError, match="norm must be None or 'layer', got 'rms'"):
-        stem(norm="rms")
-    with pytest.raises(ValueError, match="positions must be 'arange' or 'padding', got 'sinus'"):
+    with pytest.raises(ValueError, match="norm must be None, 'layer' or 'rms', got 'group'"):
+        stem(norm="group")
+    with pytest.raises(ValueError, match=r"positions must be arange, padding, interleaved, .* got 'sinus'"):
         stem(positions="sinus")
+    with pytest.raises(ValueError, match="positions 'halves' have no table: max_positions must be None"):
+        stem(positions="halves")
+    with pytest.raises(ValueError, match="FusedInputEmbeddings: scale must be between"):
+        stem(scale=0.0)
+    for options in ({"position_offset": -1}, {"position_offset": 2, "positions": "padding"}):
+        with pytest.raises(ValueError, match="position_offset must not be negative, and 0 with positions 'padding'"):
+            stem(**options)
+    with pytest.raises(ValueError, match="position_start must be 0 where position_ids is given, got 2"):
+        stem().to(device)(ids, position_ids=ids, position_start=2)
     with pytest.raises(ValueError, match="'padding' needs padding_idx and max_positions"):
         stem(positions="padding", padding_idx=None)
     with pytest.raises(ValueError, match="'padding' needs padding_idx and max_positions"):
@@ -174,3 +227,5 @@ def test_repr_says_what_it_is() -> None:
     text = repr(stem(positions="padding"))
     assert "positions='padding'" in text
     assert "(LayerNorm)" in text
+    text = repr(stem(scale=2.0, position_offset=2, norm="rms", dropout_first=True))
+    assert "norm='rms', positions='arange', scale=2, position_offset=2, dropout_first=True" in text
