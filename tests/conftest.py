@@ -10,10 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
+import importlib
 
 import pytest
 
 from tests.interpreter import round_to_nearest
+
+
+# Tests that name ops of torch.ops may be the first of their process.
+for name in ("attention", "embed", "embedding", "positions", "rope"):
+    importlib.import_module(f"embedkernels.ops.{name}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

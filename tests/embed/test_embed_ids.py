@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import embedkernels as ek
-import embedkernels.ops.embed  # defines the ops
 from embedkernels.ops.ids import RECORD_FIELDS, ErrorState
 from tests.embed.cases import Case, make
 

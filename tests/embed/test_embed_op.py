@@ -8,7 +8,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import embedkernels as ek
-import embedkernels.ops.embed  # defines the ops
 from embedkernels.kernels import embed as kernels
 from embedkernels.ops.backend import Choice
 from embedkernels.reference.embed import norm_dtype

@@ -11,7 +11,6 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 import embedkernels as ek
-import embedkernels.ops.positions  # defines the ops
 from embedkernels.ops.backend import triton_problem
 
 BACKENDS = ["torch", *(["triton"] if triton_problem() is None else [])]

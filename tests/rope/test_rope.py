@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import embedkernels as ek
-import embedkernels.ops.rope  # defines the ops
 from embedkernels.ops.backend import triton_problem
 from tests.contract import assert_within_contract
 from tests.embedding.cases import DTYPES, poisoned_memory
