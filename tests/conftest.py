@@ -16,7 +16,6 @@ import pytest
 
 from tests.interpreter import round_to_nearest
 
-
 # Tests that name ops of torch.ops may be the first of their process.
 for name in ("attention", "embed", "embedding", "positions", "rope"):
     importlib.import_module(f"embedkernels.ops.{name}")
