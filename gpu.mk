@@ -1,4 +1,4 @@
-# make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,step]
+# make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,rope,step]
 #   One GPU session in under nine minutes, with $(PYTHON) as it is where that has torch: no network, nothing installed.
 #   Elsewhere in the environment of `make test`.
 # make bench: the benchmarks alone, into runs/bench.
@@ -18,4 +18,4 @@ gpu-report: $$(if $$(HAS_TORCH),,$$(INSTALLED))
 	PYTHONPATH="$(CURDIR)" $(REPORT_PY) -m bench.gpu_report --out "$(OUT)" --parts "$(PARTS)"
 
 bench: $(INSTALLED)
-	PYTHONPATH="$(CURDIR)" $(PY) -m bench.gpu_report --out runs/bench --parts embed,embedding_grad,attention,step
+	PYTHONPATH="$(CURDIR)" $(PY) -m bench.gpu_report --out runs/bench --parts embed,embedding_grad,attention,rope,step

@@ -70,6 +70,25 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
+class RopeCase:
+    """Rotary positions of query and key, with fp32 or 16-bit tables of the head's width."""
+
+    name: str
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    width: int
+    interleaved: bool = False
+    dtype: str = "bfloat16"
+    tables: str = "bfloat16"
+    dropout: float = 0.0
+
+    def tiny(self) -> RopeCase:
+        return replace(self, batch=2, length=17, heads=2, kv_heads=1, width=16)
+
+
+@dataclass(frozen=True)
 class StepCase:
     """One fine-tuning step of a randomly initialised BERT classifier: forward, backward, AdamW."""
 
@@ -120,6 +139,12 @@ ATTENTION = (
     AttentionCase("llama-8b 2k causal", 2, 2048, 32, 8, 128, causal=True),
     AttentionCase("llama-1b 2k causal padded", 4, 2048, 32, 8, 64, causal=True, fill=FILL),
     AttentionCase("bert-base 128 padded fp32", 32, 128, 12, 12, 64, fill=FILL, dropout=0.1, dtype="float32"),
+)
+ROPE = (
+    RopeCase("llama-8b 2k", 8, 2048, 32, 8, 128),
+    RopeCase("llama-1b 2k", 8, 2048, 32, 8, 64),
+    RopeCase("llama-1b 128", 4, 128, 32, 8, 64),
+    RopeCase("cohere 2k interleaved", 8, 2048, 32, 8, 128, interleaved=True, tables="float32"),
 )
 STEP = (
     StepCase("bert-base 32x128 bf16", 32, 128),

@@ -45,7 +45,7 @@ LEFT_OUT = (
     "tests/test_layering.py",
 )
 # If the time runs out, it should be in the tests that say least about a GPU. Those that need one come before all.
-FIRST = ("tests/extension", "tests/embedding", "tests/embed", "tests/attention", "tests/hf")
+FIRST = ("tests/extension", "tests/embedding", "tests/embed", "tests/rope", "tests/attention", "tests/hf")
 KEPT = 3000  # characters of a failure's text
 SLOWEST = 15
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.processes import GRACE
 
-SUITES = ("embed", "embedding_grad", "attention", "step")
+SUITES = ("embed", "embedding_grad", "attention", "rope", "step")
 # The sanitizer stops itself this long before it would be stopped: its commands are given a grace to end, one after
 # the other, and what they said must still be written.
 MARGIN = 3 * GRACE + 3
@@ -116,10 +116,11 @@ PARTS: tuple[Part, ...] = (
     Part("embed", 50, _suite("embed")),
     Part("embedding_grad", 45, _suite("embedding_grad")),
     Part("attention", 50, _suite("attention")),
+    Part("rope", 18, _suite("rope")),
     Part("step", 75, _suite("step")),
     Part("resources", 0, _resources, without_gpu_only=True, needs_triton=True),
     # Last: it takes whatever the others have left, and its record is useful however far it got.
-    Part("tests", 146, _tests, needs_gpu=True),
+    Part("tests", 128, _tests, needs_gpu=True),
 )
 assert sum(part.seconds for part in PARTS) <= LIMIT - OVERHEAD
 

@@ -182,6 +182,59 @@ def grad_rivals(tiny: bool) -> list[Rival]:
     return found
 
 
+def stock_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Rotary positions as in transformers: of halves in Llama, of neighbours, in fp32, in Cohere."""
+
+    def turned(x: Tensor) -> Tensor:
+        if interleaved:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            swapped = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        else:
+            first, second = x.chunk(2, dim=-1)
+            swapped = torch.cat((-second, first), dim=-1)
+        return (x * cos[:, None] + swapped * sin[:, None]).to(query.dtype)
+
+    return turned(query), turned(key)
+
+
+def rope_rivals(tiny: bool) -> list[Rival]:
+    """Rotary positions of query and key; the first one is the yardstick."""
+
+    def both(function: Callable[..., Any]) -> Callable[[SimpleNamespace, float], Prepared]:
+        def build(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
+            def forward() -> Any:
+                return function(x.query, x.key, x.cos, x.sin, x.interleaved)
+
+            def training() -> dict[str, Tensor]:
+                out = forward()
+                grads = torch.autograd.grad(out, (x.query, x.key), x.upstream)
+                names = ("query", "key", "grad of query", "grad of key")
+                return dict(zip(names, (*(t.detach() for t in out), *grads), strict=True))
+
+            return Prepared(forward, training)
+
+        return build
+
+    def ours(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Any:
+        return ek.rope(query, key, cos, sin, interleaved=interleaved)
+
+    def liger(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Any:
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        if interleaved:
+            raise NotImplementedError("turns halves only")
+        return liger_rotary_pos_emb(query, key, cos, sin)
+
+    found = [
+        Rival("eager", both(stock_rope)),
+        Rival("ours", both(ours), ours=True, required=True),
+        Rival("torch.compile", both(compiled(stock_rope, tiny)), wave=COMPILED),
+    ]
+    if "liger_kernel" not in absent():
+        found.append(Rival("Liger", both(liger), wave=OTHERS))
+    return found
+
+
 def attention_rivals(tiny: bool) -> list[Rival]:  # noqa: ARG001
     """Attention; the first one is what Hugging Face's "sdpa" does, and the yardstick."""
 

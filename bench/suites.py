@@ -182,6 +182,55 @@ def attention_floors(case: cases.AttentionCase, x: SimpleNamespace) -> dict[str,
     return {"forward": (forward, flops), "training": (forward + 4 * query + 2 * keys, 3.5 * flops)}
 
 
+def rope_inputs(case: cases.RopeCase, device: torch.device) -> SimpleNamespace:
+    dtype = getattr(torch, case.dtype)
+    torch.manual_seed(SEED)
+
+    def heads(count: int) -> Tensor:  # as a projection leaves it
+        return torch.randn(case.batch, case.length, count, case.width, device=device).to(dtype).transpose(1, 2)
+
+    rates = 10000 ** (-torch.arange(0, case.width, 2, device=device) / case.width)
+    angles = torch.arange(case.length, device=device)[None, :, None] * rates
+    angles = angles.repeat_interleave(2, -1) if case.interleaved else torch.cat((angles, angles), -1)
+    angles = angles.expand(case.batch, -1, -1)
+    return SimpleNamespace(
+        query=_leaf(heads(case.heads)),
+        key=_leaf(heads(case.kv_heads)),
+        cos=angles.cos().to(getattr(torch, case.tables)),
+        sin=angles.sin().to(getattr(torch, case.tables)),
+        upstream=(heads(case.heads), heads(case.kv_heads)),
+        interleaved=case.interleaved,
+    )
+
+
+def rope_expected(x: SimpleNamespace) -> dict[str, Tensor]:
+    wide = {name: getattr(x, name).double() for name in ("query", "key", "cos", "sin")}
+    leaves = _leaf(wide["query"]), _leaf(wide["key"])
+
+    def turned(t: Tensor) -> Tensor:
+        pairs = t.unflatten(-1, (-1, 2)) if x.interleaved else t.unflatten(-1, (2, -1)).transpose(-1, -2)
+        cos, sin = (
+            (table.unflatten(-1, (-1, 2)) if x.interleaved else table.unflatten(-1, (2, -1)).transpose(-1, -2))[
+                :, None
+            ]
+            for table in (wide["cos"], wide["sin"])
+        )
+        a, b = pairs.unbind(-1)
+        both = torch.stack((a * cos[..., 0] - b * sin[..., 0], b * cos[..., 1] + a * sin[..., 1]), -1)
+        return both.flatten(-2) if x.interleaved else both.transpose(-1, -2).flatten(-2)
+
+    out = [turned(leaf) for leaf in leaves]
+    grads = torch.autograd.grad(out, leaves, [t.double() for t in x.upstream])
+    names = ("query", "key", "grad of query", "grad of key")
+    return dict(zip(names, (*(t.detach() for t in out), *grads), strict=True))
+
+
+def rope_floors(case: cases.RopeCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:  # noqa: ARG001
+    heads = (x.query.numel() + x.key.numel()) * x.query.element_size()
+    tables = (x.cos.numel() + x.sin.numel()) * x.cos.element_size()
+    return {"forward": (2 * heads + tables, 0), "training": (4 * heads + 2 * tables, 0)}
+
+
 SUITES: dict[str, Suite] = {
     "embed": Suite("embed", cases.EMBED, embed_inputs, embed_expected, embed_floors, rivals.embed_rivals),
     "embedding_grad": Suite(
@@ -190,6 +239,7 @@ SUITES: dict[str, Suite] = {
     "attention": Suite(
         "attention", cases.ATTENTION, attention_inputs, attention_expected, attention_floors, rivals.attention_rivals
     ),
+    "rope": Suite("rope", cases.ROPE, rope_inputs, rope_expected, rope_floors, rivals.rope_rivals),
 }
 
 
@@ -412,7 +462,7 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
         "tiny": tiny,
         "absent_rivals": rivals.absent(),
         "ceilings": ceilings(device, tiny),
-        "backends": {op: asdict(choose(op, device)) for op in ("embed", "embedding_grad", "attention")},
+        "backends": {op: asdict(choose(op, device)) for op in ("embed", "embedding_grad", "attention", "rope")},
         "cases": records,
         "problems": [],
         "incomplete": [],

@@ -212,7 +212,16 @@ def test_parts_are_chosen_by_name_and_machine() -> None:
     assert "resources" not in names("", GPU)
     assert "resources" in names("", NO_GPU)
     assert names("resources", GPU) == ["resources"]
-    assert set(names("", GPU)) == {"build", "tests", "sanitizer", "embed", "embedding_grad", "attention", "step"}
+    assert set(names("", GPU)) == {
+        "build",
+        "tests",
+        "sanitizer",
+        "embed",
+        "embedding_grad",
+        "attention",
+        "rope",
+        "step",
+    }
 
 
 def test_the_shares_fit_into_nine_minutes() -> None:
