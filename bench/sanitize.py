@@ -36,7 +36,7 @@ RACECHECKED = "embedding_grad extension"  # what the names of the launches under
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed")
 ERRORS_FOUND = 86
 # What the names of our kernels contain, mangled or not.
-OUR_KERNELS = ("embed", "attention")
+OUR_KERNELS = ("embed", "attention", "rope", "count_positions")
 KEPT = 4000  # characters of output in the report
 # Virtualised GPUs may keep debuggers out. The application then runs, or not, but nothing is checked.
 REFUSED = re.compile(r"^=+ .*device not supported", re.IGNORECASE | re.MULTILINE)
@@ -169,12 +169,56 @@ def launches() -> dict[str, Callable[[Any], None]]:
 
         return launch
 
+    def every_part(layout: str) -> Callable[[Any], None]:
+        """What BERT does not have: scaled rows, an extra term, counted places, sinusoids, RMSNorm, packed rows."""
+
+        def launch(device: Any) -> None:
+            ids = torch.randint(0, 61, (3, 43))
+            table, extra, gain = (torch.randn(*size, 100) for size in ((61,), (3, 43), ()))
+            real = (ids.flatten() > 9).nonzero()[:, 0]
+            options = {"scale": 2.5, "sinusoids": layout, "norm": "rms", "norm_eps": 1e-6, "position_padding_idx": 0}
+
+            def call(where: Any, dtype: torch.dtype, backend: Backend | None) -> list[torch.Tensor]:
+                leaves = [t.to(where, dtype).requires_grad_() for t in (table, extra, gain)]
+                places = ek.count_positions(ids.to(where), padding_idx=0, backend=backend)
+                out = ek.embed(
+                    ids.to(where), leaves[0], extra=leaves[1], norm_weight=leaves[2], position_ids=places,
+                    packed=real.to(where), backend=backend, **options,
+                )  # fmt: skip
+                return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+            for ours, wanted in zip(call(device, fp32, None), call("cpu", torch.float64, "torch"), strict=True):
+                close(ours, wanted.detach(), "embed, every part")
+
+        return launch
+
+    def rope(width: int, interleaved: bool) -> Callable[[Any], None]:
+        def launch(device: Any) -> None:
+            query, key = torch.randn(2, 5, 37, 80), torch.randn(2, 2, 37, 80)
+            cos, sin = torch.randn(2, 1, 37, width)
+
+            def call(where: Any, dtype: torch.dtype, backend: Backend | None) -> list[torch.Tensor]:
+                q, k, c, s = (t.to(where, dtype) for t in (query, key, cos, sin))
+                leaves = [q.requires_grad_(), k.requires_grad_()]
+                out = ek.rope(*leaves, c, s, interleaved=interleaved, backend=backend)
+                loss = sum(t.square().sum() for t in out if t is not None)
+                return [*(t for t in out if t is not None), *torch.autograd.grad(loss, leaves)]
+
+            for ours, wanted in zip(call(device, fp32, None), call("cpu", torch.float64, "torch"), strict=True):
+                close(ours, wanted.detach(), "rope")
+
+        return launch
+
     fp32, bf16 = torch.float32, torch.bfloat16
     return {
         "embed 100 fp32": stem(100, fp32, 0.0),
         "embed 768 bf16": stem(768, bf16, 0.0),
         "embed 768 bf16 dropout": stem(768, bf16, 0.1),
         "embed, ids out of range": bad_ids,
+        "embed, every part, halves": every_part("halves"),
+        "embed, every part, fairseq": every_part("fairseq"),
+        "rope partial": rope(32, False),
+        "rope interleaved": rope(80, True),
         "embedding_grad extension": table_grad(517, 100, fp32, False, "extension"),
         "embedding_grad extension hot row": table_grad(6000, 768, bf16, True, "extension"),
         "embedding_grad triton hot row": table_grad(6001, 768, bf16, True, "triton"),
