@@ -111,6 +111,11 @@ def tuned() -> bool:
     return triton.__version__.startswith(TUNED_WITH)
 
 
+def targets_here() -> tuple[str, ...]:
+    """With another Triton than the tiles were chosen with, one target of each kind: the time of CI is limited."""
+    return resources.TARGETS if tuned() else ("sm_90", "sm_100", "gfx942")
+
+
 def sources_hash() -> str:
     """Names the state of everything a compilation depends on."""
     import triton
@@ -149,7 +154,8 @@ def measured(cache: Path) -> dict[str, Any]:
 
 def compile_all(out: Path) -> subprocess.CompletedProcess[str]:
     # Its PTX says what the tests ask of a kernel: disassembling what ptxas made of it would take a tenth of the time.
-    command = [sys.executable, "-m", "bench.resources", "--thin", "--no-mix", "--out", str(out)]
+    targets = ["--targets", ",".join(targets_here())]
+    command = [sys.executable, "-m", "bench.resources", "--thin", "--no-mix", *targets, "--out", str(out)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -158,7 +164,7 @@ def cache(pytestconfig: pytest.Config) -> Path:
     return Path(pytestconfig.cache.mkdir("compiled"))  # type: ignore[union-attr]
 
 
-@pytest.fixture(scope="session", params=resources.TARGETS)
+@pytest.fixture(scope="session", params=targets_here())
 def report(request: pytest.FixtureRequest, cache: Path) -> dict[str, Any]:
     report = measured(cache)
     results = [result for result in report["results"] if result["target"] == request.param]
