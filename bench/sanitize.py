@@ -114,6 +114,13 @@ def launches() -> dict[str, Callable[[Any], None]]:
         except IndexError as error:
             raised = str(error)
         assert "out of range" in raised, f"no IndexError for ids out of range: {raised!r}"
+        raised = ""
+        try:
+            ek.embed(ids.clamp(0, 9), table, packed=torch.tensor([0, 6, -1, 1 << 40, 5], device=device))
+            ek.check_errors()
+        except IndexError as error:
+            raised = str(error)
+        assert "packed id" in raised, f"no IndexError for packed places out of range: {raised!r}"
 
     def table_grad(count: int, width: int, dtype: torch.dtype, hot: bool, backend: Backend) -> Callable[[Any], None]:
         def launch(device: Any) -> None:

@@ -192,7 +192,7 @@ def rope_inputs(case: cases.RopeCase, device: torch.device) -> SimpleNamespace:
     rates = 10000 ** (-torch.arange(0, case.width, 2, device=device) / case.width)
     angles = torch.arange(case.length, device=device)[None, :, None] * rates
     angles = angles.repeat_interleave(2, -1) if case.interleaved else torch.cat((angles, angles), -1)
-    angles = angles.expand(case.batch, -1, -1)
+    # (1, S, R), as transformers makes them where no position ids are given.
     return SimpleNamespace(
         query=_leaf(heads(case.heads)),
         key=_leaf(heads(case.kv_heads)),

@@ -123,7 +123,10 @@ def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: t
     if SCALE:
         x *= factor
     if TYPE == 1:
-        x += _every_row(type_weight_ptr, columns, D, rows.shape[0])
+        row = _every_row(type_weight_ptr, columns, D, rows.shape[0])
+        if PACKED:
+            row = tl.where(live[:, None], row, 0.0)
+        x += row
     if TYPE == 2:
         ids = tl.load(type_ids_ptr + rows % type_period, mask=live, other=0).to(tl.int64)
         x += _table(type_weight_ptr, type_rows, ids, live, rows, columns, errors, D, 2, REPORT)
@@ -258,14 +261,6 @@ def _upstream(
     return grad
 
 
-@triton.jit
-def _normalised(x, mean_ptr, rows, live, rstd, NORM: tl.constexpr):
-    """x-hat, from the saved statistics."""
-    if NORM == 1:
-        x -= tl.load(mean_ptr + rows, mask=live, other=0.0)[:, None]
-    return x * rstd[:, None]
-
-
 @triton.jit(do_not_specialize=VARYING)
 def embed_projection_kernel(
     projection_ptr, grad_ptr, mean_ptr, rstd_ptr, ids_ptr, weight_ptr, token_rows, position_ids_ptr,
@@ -281,6 +276,8 @@ def embed_projection_kernel(
                factor, packed_ptr, places)  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < n
+    if NORM == 1:
+        mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
     along = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     level = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -292,10 +289,13 @@ def embed_projection_kernel(
                         POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
         if WEIGHT:
             grad *= _every_row(norm_weight_ptr, columns, D, BLOCK_N)
-        along += grad * _normalised(x, mean_ptr, rows, live, rstd, NORM)
-        level += grad
+        if NORM == 1:
+            x -= mean[:, None]
+            level += grad
+        along += grad * (x * rstd[:, None])
     tl.store(projection_ptr + rows, tl.sum(along, axis=1) / D, mask=live)
-    tl.store(projection_ptr + n + rows, tl.sum(level, axis=1) / D, mask=live)
+    if NORM == 1:
+        tl.store(projection_ptr + n + rows, tl.sum(level, axis=1) / D, mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -664,6 +664,18 @@ def compile_specs() -> list[CompileSpec]:
                 "D": 768, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind,
                 "WIDE": t.chunks > 1,
             }  # fmt: skip
+            add(kernel, "bf16", t.num_warps, label, pointers, **common, **flags)
+
+    # The same of rows wider than a tile.
+    kernels = (embed_stats_kernel, embed_fwd_kernel, embed_projection_kernel, embed_bwd_kernel)
+    for label, pointers, position, kind, flags in (
+        ("everything,", {"mask_ptr": "fp32"}, 2, 2, everything),
+        ("rows given,", None, 1, 1, {**given, "PACKED": True, "MASK": False}),
+        ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),
+    ):
+        for kernel in kernels:
+            t = tile(16384, 2, True, kernel in kernels[2:])
+            common = {"D": 16384, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind}
             add(kernel, "bf16", t.num_warps, label, pointers, **common, **flags)
     return specs
 

@@ -1,8 +1,8 @@
-"""Fixed sinusoidal positions inside a kernel, to float32's accuracy at every position below 2^16.
+"""Fixed sinusoidal positions inside a kernel, to a few units of float32's last place below 2^24.
 
 An angle of thousands of turns has lost its sine when it is rounded to float32. The kernel counts in turns and keeps
-the fraction: the frequency comes in parts so short that their products with a position are exact, whole turns are
-taken off each product, and what is left is added with its rounding error. No slow path, no local memory.
+the fraction: positions and frequencies are cut into parts of 12 bits, whose products are exact, whole turns are taken
+off each product, and what is left is added with its rounding error. No slow path, no local memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _fraction(turns):
 
 @triton.jit
 def _sine_of_turns(a, b, c):
-    """sin(2·pi·(a + b + c)) for parts of which a + b may not be rounded; each is at most 1/2, c small."""
+    """sin(2·pi·(a + b + c)) for parts of which a + b may not be rounded; each is below 1, c small."""
     quarter = tl.floor(4.0 * (a + b + c) + 0.5)
     a -= 0.25 * quarter
     total = a + b
@@ -57,11 +57,10 @@ def sinusoid_rows(constants_ptr, positions, columns, D: tl.constexpr, ROUNDED: t
     """
     inside = (columns < D)[None, :]
     at = constants_ptr + tl.zeros((positions.shape[0], 1), dtype=tl.int32) + columns[None, :]
-    position = positions.to(tl.float32)[:, None]
     first = tl.load(at, mask=inside, other=0.0)
     phase = tl.load(at + 3 * D, mask=inside, other=0.0)
     if ROUNDED:
-        angle = position * first
+        angle = positions.to(tl.float32)[:, None] * first
         high = (angle.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
         # An explicit fma with a 1 from memory: a subtraction would be contracted with the product, and not rounded.
         low = tl.fma(angle, tl.load(at + 4 * D, mask=inside, other=1.0), -high)
@@ -70,7 +69,13 @@ def sinusoid_rows(constants_ptr, positions, columns, D: tl.constexpr, ROUNDED: t
     else:
         second = tl.load(at + D, mask=inside, other=0.0)
         third = tl.load(at + 2 * D, mask=inside, other=0.0)
-        return _sine_of_turns(_fraction(position * first) + phase, _fraction(position * second), position * third)
+        low = (positions & 4095).to(tl.float32)[:, None]
+        high = (positions - (positions & 4095)).to(tl.float32)[:, None]
+        return _sine_of_turns(
+            _fraction(_fraction(high * first) + low * first) + phase,
+            _fraction(_fraction(high * second) + low * second),
+            (high + low) * third,
+        )
 
 
 def _short(x: Tensor, bits: int) -> Tensor:
@@ -97,8 +102,8 @@ def constants(width: int, layout: str, device: torch.device) -> Tensor:
         rows[0] = steps
     else:
         turns = steps / (2 * math.pi)
-        rows[0] = _short(turns, 8)
-        rows[1] = _short(turns - rows[0], 8)
+        rows[0] = _short(turns, 12)
+        rows[1] = _short(turns - rows[0], 12)
         rows[2] = turns - rows[0] - rows[1]
     rows[3] = phase * 0.25
     rows[4] = 1.0

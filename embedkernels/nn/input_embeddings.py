@@ -84,6 +84,8 @@ class FusedInputEmbeddings(nn.Module):
             raise ValueError(f"{name}: positions {positions!r} have no table: max_positions must be None")
         if checked_int(position_offset, "position_offset", name) < 0 or (position_offset and positions == "padding"):
             raise ValueError(f"{name}: position_offset must not be negative, and 0 with positions 'padding'")
+        if position_offset and positions == "arange" and max_positions is None:
+            raise ValueError(f"{name}: position_offset is {position_offset}, but there are no positions")
         self.scale = checked_scale(scale, name)
         if padding_idx is not None:
             padding_idx = normalized_padding(padding_idx, num_embeddings, name)
@@ -135,7 +137,7 @@ class FusedInputEmbeddings(nn.Module):
                 ``"arange"`` where ``positions`` would count padding, as in Hugging Face's RoBERTa.
             position_ids: broadcastable to the shape of ``ids``; None for what ``positions`` says.
             type_ids: broadcastable to the shape of ``ids``; None for type 0.
-            position_start: number of tokens before these, for decoding with a cache.
+            position_start: number of tokens before these, for decoding with a cache; nothing without positions.
             extra: broadcastable to (..., S, D), added last.
             mask: broadcastable to (..., S), the factor of every row.
             packed: (M,), the places of the rows to make, see :func:`embedkernels.embed`.
@@ -161,6 +163,7 @@ class FusedInputEmbeddings(nn.Module):
                 )
                 start = 0
         sinusoids = self.positions if self.positions in LAYOUTS else None
+        has_positions = places is not None or sinusoids is not None
         return embed(
             ids,
             words.weight if inputs_embeds is None else None,
@@ -169,7 +172,7 @@ class FusedInputEmbeddings(nn.Module):
             position_weight=None if places is None else places.weight,
             sinusoids=sinusoids,
             position_ids=position_ids,
-            position_start=start,
+            position_start=start if position_ids is not None or has_positions else 0,
             type_weight=None if types is None else types.weight,
             type_ids=type_ids,
             extra=extra,

@@ -18,10 +18,13 @@ def checked_int(value: object, name: str, op: str) -> int:
 
 
 def checked_number(value: object, name: str, op: str) -> float:
-    """``value`` if it counts as a float, also a symbolic one; text does not."""
+    """``value`` if it counts as a float, also a symbolic one. Text does not, nor do tensors.
+
+    A tensor may need a gradient, which it would not get, or wait for its device.
+    """
     if isinstance(value, (float, torch.SymInt, torch.SymFloat)):
         return value  # type: ignore[return-value]
-    if isinstance(value, (str, bytes, bytearray)):
+    if isinstance(value, (str, bytes, bytearray, torch.Tensor)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     try:
         return float(value)  # type: ignore[arg-type]

@@ -71,18 +71,19 @@ def embed(
         ids: int32 or int64, (..., S), token ids in [0, V); None with ``inputs_embeds``.
         weight: W, (V, D), floating point; None with ``inputs_embeds``.
         inputs_embeds: (..., S, D), rows in the place of W[ids].
-        scale: factor of the token rows alone (BART, Gemma), finite.
+        scale: factor of the token rows alone (BART, Gemma), a number of a magnitude between 2**-100 and 2**100.
         position_weight: P, (rows, D), or None for no positions.
         sinusoids: fixed positions in the place of P, computed where they are added: ``"interleaved"`` (Vaswani et
             al., 2017), ``"halves"`` (Marian, Pegasus) or ``"fairseq"`` (M2M100, XGLM), see
-            :mod:`embedkernels.reference.sinusoids`. Positions are below 2**24; below 2**16 the rows are exact to a
-            unit in the last place of float32.
+            :mod:`embedkernels.reference.sinusoids`. Positions are below 2**24; rows are exact to 1.2e-7 below 4096
+            and to 6e-7 beyond.
         position_ids: int32 or int64, broadcastable to (..., S); None for position_start + s at the s-th place of the
             last axis.
         position_start: first position where ``position_ids`` is None: past tokens in a cache, and a table's offset.
         type_weight: T, (rows, D), or None for no token types.
         type_ids: int32 or int64, broadcastable to (..., S); None for type 0 everywhere.
-        extra: broadcastable to (..., S, D) with D elements in its last axis, added last.
+        extra: broadcastable to (..., S, D) with D elements in its last axis, added last. Stored for every row, and
+            for the backward of a norm, unless all sequences share it.
         position_first: add the position before the type. The Triton backend adds in fp32, where the order is hardly
             seen, and in one order; the torch backend rounds every sum, as Hugging Face's modules do.
         norm: ``"layer"`` for LayerNorm over D (Ba, Kiros, Hinton, 2016), ``"rms"`` for RMSNorm (Zhang, Sennrich,
@@ -95,7 +96,7 @@ def embed(
         mask: broadcastable to (..., S), bool or a number: the factor of every row, 0 for padding. Gets no gradient.
         packed: int32 or int64 (M,), places among the flattened ids, in [0, N): only their rows are made, one after
             the other, each with the position it has in its own sequence. For padding-free training the places of the
-            real tokens, ``attention_mask.flatten().nonzero()[:, 0]``.
+            real tokens, ``attention_mask.flatten().nonzero()[:, 0]``, which waits for the device: once per batch.
         padding_idx: row of W that gets no gradient. Negative values count from the end.
         position_padding_idx: row of P that gets no gradient; with sinusoids the position whose row is zeros.
         backend: ``"triton"``, ``"torch"`` or None for the best there is.
@@ -143,14 +144,21 @@ def embed(
     id_errors.begin(rows.device)
     look_up: Callable[..., Tensor] = functools.partial(lookup, backend=backend)
     chosen = choose("embed", rows.device, backend).backend if in_kernels else "torch"
-    if needs_stock_autograd(rows, position_weight, type_weight, extra, norm_weight, norm_bias):
+    if needs_stock_autograd(rows, position_weight, type_weight, extra, norm_weight, norm_bias, mask):
         check_stock_autograd("embed", rows.device, backend)
         look_up, chosen = stock_lookup, "torch"
     if chosen == "torch":
-        if sinusoids is not None and position_ids is not None:
-            id_errors.check_ids(position_ids, MOST_POSITIONS, "position", "embed")
+        if sinusoids is not None and position_ids is not None and packed is None:
+            position_ids = _checked(position_ids, MOST_POSITIONS, "position")
         if packed is not None:
-            id_errors.check_ids(packed, math.prod(shape), "packed", "embed")
+            packed = _checked(packed, math.prod(shape), "packed")
+            for given, count, name in (
+                (ids, 0 if weight is None else weight.shape[0], "token"),
+                (type_ids, 0 if type_weight is None else type_weight.shape[0], "token type"),
+                (position_ids, position_rows(position_weight, sinusoids) or 0, "position"),
+            ):
+                if given is not None:
+                    _checked(at_places(given.expand(shape), packed, math.prod(shape)), count, name)
         return _composed(
             look_up, ids, weight, inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight,
             sinusoids=sinusoids, position_ids=position_ids, position_start=position_start, type_weight=type_weight,
@@ -159,6 +167,8 @@ def embed(
             packed=packed, padding_idx=padding if padding >= 0 else None,
             position_padding_idx=position_padding if position_padding >= 0 else None,
         )  # fmt: skip
+    if sinusoids is not None:
+        _prepare_sinusoids(rows.shape[-1], sinusoids, rows.device)
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=rows.device)
@@ -174,10 +184,29 @@ def embed(
     return out
 
 
+@torch.compiler.assume_constant_result
+def _prepare_sinusoids(width: int, layout: str, device: torch.device) -> None:
+    """Have the frequencies on a GPU before anything runs: they must not come from memory that a CUDA graph owns."""
+    if device.type == "cuda" and id_errors.is_there(device):
+        from embedkernels.kernels.sinusoids import constants
+
+        with id_errors.plain_tensors():
+            constants(width, layout, device)
+
+
 def _composed(rows: Callable[..., Tensor], ids: Tensor | None, weight: Tensor | None, **options: Any) -> Tensor:
     """The torch backend: ``rows`` looks up in one table after the other, and names it in its errors."""
     token, kind, position = (functools.partial(rows, table=table, op="embed") for table in _TABLES)
     return reference.embed(ids, weight, lookup=token, type_lookup=kind, position_lookup=position, **options)
+
+
+def _checked(ids: Tensor, rows: int, table: str) -> Tensor:
+    """``ids``, checked: by an op where torch.compile traces, whose graph would not wait for their values."""
+    if torch.compiler.is_compiling():
+        checked: Tensor = torch.ops.embedkernels.checked_ids(ids, rows, table, "embed")
+        return checked
+    id_errors.check_ids(ids, rows, table, "embed")
+    return ids
 
 
 def _flat(given: Tensor | None, shape: Sequence[int], features: int = 0) -> Tensor | None:
@@ -195,7 +224,23 @@ def _flat(given: Tensor | None, shape: Sequence[int], features: int = 0) -> Tens
     return given.reshape(-1, *given.shape[given.dim() - features :]).contiguous()
 
 
+def at_places(given: Tensor, packed: Tensor, count: int) -> Tensor:
+    """Ids of N or S elements at the packed places, zeros elsewhere: (N,)."""
+    flat, places = given.reshape(-1), packed.long()
+    return flat.new_zeros(count).index_copy(0, places, flat[places % flat.numel()]) if count else flat
+
+
 _library = torch.library.Library("embedkernels", "FRAGMENT")
+_library.define("checked_ids(Tensor ids, SymInt rows, str table, str op) -> Tensor")
+
+
+def _checked_impl(ids: Tensor, rows: int, table: str, op: str) -> Tensor:
+    id_errors.check_ids(ids, rows, table, op)
+    return ids.clone()
+
+
+_library.impl("checked_ids", _checked_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("embedkernels::checked_ids", lambda ids, *_: ids.clone(), lib=_library)
 _SHARED = (
     "Tensor? ids, Tensor weight, float scale, Tensor? position_weight, str sinusoids, int position_padding_idx, "
     "Tensor? position_ids, SymInt position_start, Tensor? type_weight, Tensor? type_ids, Tensor? extra, "
@@ -232,14 +277,17 @@ def _forward_impl(
         type_weight, type_ids, extra, mask, packed, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
     )  # fmt: skip
     if device.type == "cpu":
+        n = weight.numel() // weight.shape[-1] if ids is None else ids.numel()
         for given, rows, name in (
+            (packed, n, "packed"),
             (ids, weight.shape[0], "token"),
             (type_ids, None if type_weight is None else type_weight.shape[0], "token type"),
             (position_ids, position_rows(position_weight, sinusoids), "position"),
-            (packed, weight.numel() // weight.shape[-1] if ids is None else ids.numel(), "packed"),
         ):
             if given is not None and rows is not None:
-                id_errors.check_ids(given, rows, name, "embed")
+                # As on a GPU, what is not packed is not looked at.
+                used = given if packed is None or given is packed else at_places(given, packed, n)
+                id_errors.check_ids(used, rows, name, "embed")
     out = weight.new_empty(_output_shape(ids, weight, packed), dtype=dtype)
     if out.numel() == 0:
         return out, weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, dtype=torch.float32)

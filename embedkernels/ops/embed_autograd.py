@@ -64,7 +64,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         grads |= {"norm_weight": weight_grad, "norm_bias": bias_grad}
     else:
         rows = grad.reshape(-1, width).to(ctx.dtype)
-    scaled = rows if row_scale == ctx.scale else rows * ctx.scale
+    scaled = rows * ctx.scale if need["weight"] and row_scale != ctx.scale else rows
     parts = _packed_gradients if packed is not None else _gradients
     grads |= parts(ctx, need, rows, scaled, ids, position_ids, type_ids, packed)
     return tuple(grads[name] if need[name] else None for name in _ARGUMENTS)
@@ -105,7 +105,9 @@ def _gradients(
         summed = rows.sum(0, keepdim=True, dtype=rows.dtype) if type_ids is None else source("type_weight")
         grads["type_weight"] = _table_grad(summed, type_ids, 0, ctx.type_rows, -1)
     if need["extra"]:
-        grads["extra"] = source("extra")
+        # Rows that were given may have the same gradient, but no two leaves may have the same memory.
+        shared_memory = need["weight"] and ids is None and scaled is source("extra")
+        grads["extra"] = source("extra").clone() if shared_memory else source("extra")
     return grads
 
 
@@ -115,6 +117,11 @@ def _packed_gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Of the parts of a row, from the gradients of the rows at ``packed``: a scatter each, in a fixed order."""
     count = math.prod(ctx.shape[:-1]) if ids is None else ids.numel()
+    if count == 0:  # then no place is known, and there is nothing to index
+        sizes = {"weight": ctx.shape[0], "position_weight": ctx.position_rows, "type_weight": ctx.type_rows,
+                 "extra": ctx.extra_rows}  # fmt: skip
+        nothing = {name: rows.new_zeros((size, rows.shape[1])) for name, size in sizes.items() if need[name]}
+        return {name: grad.view(ctx.shape) if name == "weight" else grad for name, grad in nothing.items()}
     known = (packed >= 0) & (packed < count)
     places = packed.clamp(0, max(0, count - 1))
 

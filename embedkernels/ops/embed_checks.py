@@ -60,7 +60,9 @@ def check_call(
             raise ValueError(f"embed: extra must have D = {rows.shape[-1]} columns, got shape {tuple(extra.shape)}")
     if mask is not None:
         _check_broadcast("mask", mask, shape, rows)
-        if mask.requires_grad:
+        if mask.dtype.is_complex:
+            raise TypeError(f"embed: mask must be bool or real numbers, got {mask.dtype}")
+        if mask.requires_grad and torch.is_grad_enabled():
             raise ValueError("embed: mask gets no gradient, but requires one: detach it")
     if packed is not None:
         check_packed(packed, rows)
@@ -188,8 +190,9 @@ def kernel_inputs(
         ids = position_weight = type_weight = extra = None
         sinusoids = "none"
     n, length = math.prod(shape), shape[-1] if shape else 1
-    if n > MOST_ROWS:
-        raise ValueError(f"embed: there are {n} rows, at most {MOST_ROWS} are supported")
+    most = max(n, 0 if packed is None else packed.numel())
+    if most > MOST_ROWS:
+        raise ValueError(f"embed: there are {most} rows, at most {MOST_ROWS} are supported")
     _check_table("position_weight", position_weight, weight)
     _check_table("type_weight", type_weight, weight)
     for name, given in (("position_ids", position_ids), ("type_ids", type_ids), ("mask", mask)):

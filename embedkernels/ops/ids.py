@@ -51,7 +51,7 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Ops inside make and change ordinary tensors, whatever mode the caller is in.
 
     A state made in inference mode could not be reset outside of it, and a tracer would make a fake one.
@@ -81,7 +81,7 @@ def error_state(device: torch.device) -> ErrorState:
             f"embedkernels: the first call on {device} is being captured in a CUDA graph, but it has to set up the "
             "record of ids out of range, which must not belong to a graph: run the op once before the capture"
         )
-    with _lock, _plain_tensors():
+    with _lock, plain_tensors():
         if device not in _states:
             _states[device] = ErrorState(
                 torch.zeros(1, dtype=torch.int32, device=device),
@@ -99,9 +99,13 @@ def _settle(device: torch.device) -> None:
 
 @torch.compiler.assume_constant_result
 def _prepare(device: torch.device) -> None:
-    # Fake tensors claim devices that are not there.
-    if device not in _states and (device.index or 0) < torch.cuda.device_count():
+    if device not in _states and is_there(device):
         error_state(device)
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether there is such a GPU: fake tensors claim devices that are not there."""
+    return (device.index or 0) < torch.cuda.device_count()
 
 
 def begin(device: torch.device) -> None:
@@ -166,7 +170,7 @@ def raise_pending(device: torch.device) -> None:
     state = _states.get(device)
     if state is None or not state.pending or _capturing(device):
         return
-    with _lock, _plain_tensors():
+    with _lock, plain_tensors():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found, table, value, position, rows, op = state.record.tolist()

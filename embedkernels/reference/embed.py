@@ -63,8 +63,9 @@ def embed(
     if packed is not None:
         shape = ids.shape if ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
         length = shape[-1] if shape else 1
-        if position_ids is None:
+        if position_ids is None and (position_weight is not None or sinusoids is not None):
             position_ids = torch.arange(position_start, position_start + length, device=packed.device)
+            position_ids = position_ids.reshape(shape[-1:])
         # Everything at the packed places, as one sequence.
         ids, position_ids, type_ids = (
             None if x is None else x.expand(shape).reshape(-1)[packed] for x in (ids, position_ids, type_ids)

@@ -13,6 +13,7 @@ def count_positions(
 
     The arguments are those of :func:`embedkernels.count_positions`. Does not wait for the device.
     """
-    real = tokens != (0 if padding_idx is None else padding_idx)
+    # In int64: a narrower type would wrap a padding_idx that it cannot hold.
+    real = tokens.long() != (0 if padding_idx is None else padding_idx)
     counted = torch.cumsum(real, dim=-1) + start
     return torch.where(real, counted, padding_position)[..., skip:]

@@ -70,7 +70,7 @@ def test_within_the_contract(
         for x, our, our_grad, grad, name in zip(
             (query, key), ours, our_grads, upstream, ("query", "key"), strict=True
         ):
-            theirs = stock(x, cos.to(dtype), sin.to(dtype), interleaved)
+            theirs = stock(x, cos, sin, interleaved).to(dtype)
             (their_grad,) = torch.autograd.grad(theirs, x, grad)
             double = x.detach().double().requires_grad_()
             expected = stock(double, cos.double(), sin.double(), interleaved)
