@@ -3,7 +3,8 @@
 Models copy their input embeddings from one another, so a row stands for a forward, not for a class: it holds the
 fingerprint of the source (``embedkernels.hf.bodies``), the attributes that hold the parts, and how they are put
 together. Every class of transformers with that forward has that row, new ones too, and a class whose forward a
-release changes has none. Models that have their embeddings in the middle of their own forward are rows by name.
+release changes has none. Models that have their embeddings in the middle of their own forward are rows by name, and
+by the fingerprints of their forwards that are known.
 Tables that no row covers are looked up one by one, which needs no row. Nothing of transformers is imported here.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from embedkernels.hf.bodies import fingerprint_of
+from embedkernels.hf.bodies import fingerprint_of, unwrapped_fingerprint
 
 Recipe = Literal["stem", "inline", "scaled", "lookup"]
 
@@ -30,7 +31,8 @@ class Adapter:
         recipe: ``"stem"``: a module of its own whose whole forward is one fused op. ``"inline"``: a model that adds
             positions, normalises or drops out at the start of its forward. ``"scaled"``: an nn.Embedding that
             multiplies its rows. ``"lookup"``: an nn.Embedding.
-        body: fingerprint of the forward; None for ``"inline"``, whose calls are checked as they happen.
+        body: fingerprint of the forward; None for ``"inline"``.
+        bodies: of an inline model, the fingerprints of the forwards that are known to embed in this way.
         tokens, positions, types, norm, dropout: attributes that hold the parts; None where there is none. An inline
             model's dropout may be a number.
         scale: attribute with the factor of the token rows; None where there is none.
@@ -70,6 +72,7 @@ class Adapter:
     unused: tuple[str, ...] = ()
     bounded: bool = False
     returns_positions: bool = False
+    bodies: tuple[str, ...] = ()
 
     @functools.cached_property
     def tables(self) -> tuple[str, ...]:
@@ -106,8 +109,8 @@ def _stem(example: str, body: str, **parts: Any) -> Adapter:
     return Adapter(example, "stem", body, **(bert | parts))
 
 
-def _inline(example: str, tokens: str, positions: str | None, **parts: Any) -> Adapter:
-    return Adapter(example, "inline", None, tokens, positions, **parts)
+def _inline(example: str, bodies: tuple[str, ...], tokens: str, positions: str | None, **parts: Any) -> Adapter:
+    return Adapter(example, "inline", None, tokens, positions, bodies=bodies, **parts)
 
 
 _TOKEN_AND_POSITION = {
@@ -187,24 +190,58 @@ ADAPTERS: tuple[Adapter, ...] = (
     # Scaled rows: by a number, and by a number in the weight's dtype.
     Adapter("bart.BartScaledWordEmbedding", "scaled", "e8fdd4d0918f", tokens="", scale="embed_scale"),
     Adapter("gemma.GemmaTextScaledWordEmbedding", "scaled", "9f05a2901a2b", tokens="", scale="embed_scale"),
-    # Models with their embeddings in their own forward.
-    _inline("gpt2.GPT2Model", "wte", "wpe", dropout="drop"),
-    _inline("gpt_neo.GPTNeoModel", "wte", "wpe", dropout="drop"),
-    _inline("gpt_bigcode.GPTBigCodeModel", "wte", "wpe", dropout="drop"),
-    _inline("bloom.BloomModel", "word_embeddings", None, norm="word_embeddings_layernorm"),
+    # Models with their embeddings in their own forward, as transformers 5.17 and 5.23 have it.
+    _inline("gpt2.GPT2Model", ("182d85b2f1f0",), "wte", "wpe", dropout="drop"),
+    _inline("gpt_neo.GPTNeoModel", ("7dfdaa013a0d",), "wte", "wpe", dropout="drop"),
+    _inline("gpt_bigcode.GPTBigCodeModel", ("bdc3ac55faa9",), "wte", "wpe", dropout="drop"),
+    _inline(
+        "bloom.BloomModel",
+        ("abc06a0c5bdc", "44af11e1a8c3"),
+        "word_embeddings",
+        None,
+        norm="word_embeddings_layernorm",
+    ),
     *(
-        _inline(f"{model}{part}", "embed_tokens", "embed_positions", dropout="dropout", **parts)
-        for model, parts in (
-            ("bart.Bart", {"norm": "layernorm_embedding", "scaled_table": True}),
-            ("mbart.MBart", {"norm": "layernorm_embedding", "scaled_table": True}),
-            ("plbart.PLBart", {"norm": "layernorm_embedding", "scaled_table": True}),
-            ("mvp.Mvp", {"norm": "layernorm_embedding", "scale": "embed_scale"}),
-            ("bigbird_pegasus.BigBirdPegasus", {"scaled_table": True}),
-            ("blenderbot.Blenderbot", {"scaled_table": True}),
-            ("pegasus.Pegasus", {"scale": "embed_scale"}),
-            ("marian.Marian", {"scale": "embed_scale"}),
+        _inline(example, bodies, "embed_tokens", "embed_positions", dropout="dropout", **parts)
+        for parts, examples in (
+            (
+                {"norm": "layernorm_embedding", "scaled_table": True},
+                {
+                    "bart.BartEncoder": ("7e4c4f078345", "c0a5b1dbd33c"),
+                    "bart.BartDecoder": ("2de809f3ba09", "bcb3397c5af7"),
+                    "mbart.MBartEncoder": ("53d92ad22247", "590d699a8be0"),
+                    "mbart.MBartDecoder": ("cb93dc25f9de", "3c05777c82b9"),
+                    "plbart.PLBartEncoder": ("7e4c4f078345", "c0a5b1dbd33c"),
+                    "plbart.PLBartDecoder": ("2de809f3ba09", "bcb3397c5af7"),
+                },
+            ),
+            (
+                {"norm": "layernorm_embedding", "scale": "embed_scale"},
+                {
+                    "mvp.MvpEncoder": ("6daa6d345914", "f02907b9a491"),
+                    "mvp.MvpDecoder": ("7fad02e29bbe", "685fd31a8e45"),
+                },
+            ),
+            (
+                {"scaled_table": True},
+                {
+                    "bigbird_pegasus.BigBirdPegasusEncoder": ("2b69c950dfb8", "547c9c8e88e4"),
+                    "bigbird_pegasus.BigBirdPegasusDecoder": ("fd07fcc38c3b", "9eb36cecf090"),
+                    "blenderbot.BlenderbotEncoder": ("007eadcb02df", "420e4bd7812c"),
+                    "blenderbot.BlenderbotDecoder": ("90a696b37b9e", "9b312f0ff05b"),
+                },
+            ),
+            (
+                {"scale": "embed_scale"},
+                {
+                    "pegasus.PegasusEncoder": ("d83a305876f4", "58ea14cbe3b0"),
+                    "pegasus.PegasusDecoder": ("44db1f693c11", "7bbc1599a581"),
+                    "marian.MarianEncoder": ("62774e89ade7", "a77fb5111877"),
+                    "marian.MarianDecoder": ("807411de5e74", "aad7836c6d60"),
+                },
+            ),
         )
-        for part in ("Encoder", "Decoder")
+        for example, bodies in examples.items()
     ),
 )
 
@@ -236,7 +273,14 @@ _BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAP
 _INLINE = {adapter.example: adapter for adapter in ADAPTERS if adapter.body is None}
 _POSITIONS: dict[str | None, PositionTable] = {table.body: table for table in POSITION_TABLES}
 # A forward that names none of these is of no row: its source need not be read.
-_NAMES = frozenset(adapter.tokens for adapter in ADAPTERS if adapter.recipe == "stem") | {"embed_scale"}
+_NAMES = frozenset(
+    name
+    for adapter in ADAPTERS
+    for name in (
+        adapter.tokens if adapter.recipe == "stem" else adapter.scale if adapter.recipe == "scaled" else None,
+    )
+    if name is not None
+)
 
 
 def adapter_for(cls: type[nn.Module]) -> Adapter | None:
@@ -245,7 +289,7 @@ def adapter_for(cls: type[nn.Module]) -> Adapter | None:
         return None
     inline = _INLINE.get(f"{cls.__module__.removeprefix(_PACKAGE).split('.')[0]}.{cls.__qualname__}")
     if inline is not None:
-        return inline
+        return inline if unwrapped_fingerprint(cls.__dict__.get("forward")) in inline.bodies else None
     forward: Any = cls.__dict__.get("forward")
     code = getattr(forward, "__code__", None)
     if code is None or _NAMES.isdisjoint(code.co_names):

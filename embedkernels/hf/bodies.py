@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -54,15 +55,32 @@ def fingerprint_of(function: Callable[..., Any]) -> str | None:
     """
     code = getattr(function, "__code__", None)
     if code is not None and code.co_filename == _contextlib.__file__:
-        code = getattr(getattr(function, "__wrapped__", None), "__code__", None)
+        wrapped = getattr(getattr(function, "__wrapped__", None), "__code__", None)
+        return None if wrapped is None else _of_code(wrapped, decorated=True)
+    return None if code is None else _of_code(code)
+
+
+def unwrapped_fingerprint(function: Callable[..., Any] | None) -> str | None:
+    """The fingerprint of a model's forward within the decorators of transformers, or None for any other wrapper's.
+
+    Which decorators there are is part of the fingerprint, as its source names them.
+    """
+    while function is not None and hasattr(function, "__wrapped__"):
+        code = getattr(function, "__code__", None)
+        if code is None or f"{os.sep}transformers{os.sep}utils{os.sep}" not in code.co_filename:
+            return None
+        function = function.__wrapped__
+    code = getattr(function, "__code__", None)
     return None if code is None else _of_code(code)
 
 
 @functools.cache
-def _of_code(code: Any) -> str | None:
+def _of_code(code: Any, decorated: bool = False) -> str | None:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return None
     first = tree.body[0] if tree.body else None
-    return fingerprint(first) if isinstance(first, ast.FunctionDef) else None
+    if not isinstance(first, ast.FunctionDef) or (decorated and not first.decorator_list):
+        return None
+    return fingerprint(first)

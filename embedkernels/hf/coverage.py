@@ -82,8 +82,9 @@ def _front_end(model: str, cls: ast.ClassDef, classes: dict[str, ast.ClassDef]) 
     tables = {name: call for name, call in made.items() if name in called and _over_vocabulary(call)}
     if not tables:
         return None
-    if f"{model}.{cls.name}" in _INLINE:
-        return FrontEnd(model, cls.name, _INLINE[f"{model}.{cls.name}"])
+    inline = _INLINE.get(f"{model}.{cls.name}")
+    if inline is not None and _body(cls) in inline.bodies:
+        return FrontEnd(model, cls.name, inline)
     adapter, why = _BY_BODY.get(_body(cls)), ""
     if adapter is not None:
         parts = (adapter.norm, adapter.dropout, *adapter.tables)

@@ -122,14 +122,15 @@ def _lookup_forward(self: Any, input: Tensor) -> Tensor:
     return embedding(input, self.weight, padding_idx=self.padding_idx)
 
 
-def _scaled_forward(adapter: Adapter, stock_forward: Forward) -> Forward:  # noqa: ARG001
+def _scaled_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     """Rows times a number in one op."""
+    attribute = str(adapter.scale)
 
     @functools.wraps(stock_forward)
     def forward(self: Any, input_ids: Tensor) -> Any:
         if not is_marked(self):
             return stock_forward(self, input_ids)
-        scale, reason = state.scale_of(self, "embed_scale")
+        scale, reason = state.scale_of(self, attribute)
         reason = guards.lookup_problem(self) or reason
         if reason is not None:
             guards.warn_once(self, stock_class(self).__name__, reason)
@@ -455,6 +456,9 @@ class _ModelView:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._model, name)
 
 
 _FORWARDS: dict[str, Callable[[Adapter, Forward], Forward]] = {

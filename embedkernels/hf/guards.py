@@ -110,13 +110,23 @@ def lookup_problem(part: Any) -> str | None:
         return f"its weight is of {weight.dtype}"
     if needs_stock_autograd(weight):
         return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return "torch.jit is tracing: the traced model should run without embedkernels"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        return "torch.jit or torch.export traces: what it makes should run without embedkernels"
     return None
 
 
 def unfit(module: nn.Module, adapter: Adapter) -> str | None:
-    """Why a module can never be fused: a part is of a class of transformers' own, not of PyTorch's."""
+    """Why a module can never be fused.
+
+    A part is of a class of transformers' own, not of PyTorch's, or the configuration asks for what the fused forward
+    does not do.
+    """
+    for name in adapter.off:
+        if getattr(module, name, None):
+            return f"{name} is set"
+    for name in adapter.on:
+        if not getattr(module, name) and module._modules.get(str(adapter.positions)) is not None:
+            return f"{name} is not set"
     for name in (*adapter.tables, adapter.norm, adapter.dropout):
         part = None if name is None else module._modules.get(name)
         if name in adapter.tables and adapter.recipe == "inline" and _known(part, name == adapter.positions):
@@ -193,8 +203,8 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         reason = _watched(dropout, adapter.dropout)
         if reason is not None:
             return reason
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return "torch.jit is tracing: the traced model should run without embedkernels"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        return "torch.jit or torch.export traces: what it makes should run without embedkernels"
     if needs_stock_autograd(*read):
         return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
     if adapter.recipe == "stem":

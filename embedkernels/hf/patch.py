@@ -46,11 +46,13 @@ def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, 
     changes nothing and reports the present state. Other models are not touched, be they of the same configuration.
 
     Args:
-        model: a Hugging Face model, or any module that contains some.
+        model: a Hugging Face model, or any module that contains some. Every nn.Embedding in it becomes a fused
+            lookup, whatever it is for. Unpatch before tools that know modules by their exact class, as quantisation
+            does, and before torch.jit.script.
         embeddings: fuse the input embeddings.
         attention: set the attention implementation ``"embedkernels"`` where ``"sdpa"`` is set, which is what
             transformers takes unless it is told otherwise. Any other was chosen, and stays.
-        strict: raise instead of warning if there is nothing to patch.
+        strict: raise instead of warning if there is nothing to patch, not even one lookup.
 
     Returns:
         PatchReport: what was changed, where each op runs and why, and what was left alone and why.
@@ -163,7 +165,7 @@ def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step
         yield from _plan_attention(model)
 
 
-# Tables with shorter rows hold attention biases by distance, for a handful of heads: no embeddings.
+# Shorter rows are read in pieces that no kernel gains by: attention biases by distance, for a handful of heads.
 _SHORTEST = 16
 
 
@@ -197,12 +199,12 @@ def _left_alone(path: str, module: nn.Module, reason: str, notable: bool = False
 
 def _plan_lookup(path: str, table: nn.Embedding, adapter: Adapter | None) -> _Step:
     """A step for a table that nothing else covers."""
-    if adapter is None and not guards.looks_up_plainly(table) and not fused.is_fused(table):
+    by_hand = isinstance(table, FusedEmbedding) and not fused.has_fused_class(table)
+    fused_already = fused.is_fused(table) or by_hand
+    if adapter is None and not guards.looks_up_plainly(table) and not fused_already:
         return _left_alone(path, table, f"a {type(table).__name__}, not an nn.Embedding, and its forward has no row")
-    if table.weight.dim() == 2 and table.weight.shape[1] < _SHORTEST and not fused.is_fused(table):
-        return _left_alone(
-            path, table, f"rows of {table.weight.shape[1]} elements: an attention bias, not embeddings"
-        )
+    if table.weight.dim() == 2 and table.weight.shape[1] < _SHORTEST and not fused_already:
+        return _left_alone(path, table, f"rows of {table.weight.shape[1]} elements are too short to gain by it")
     not_now = guards.lookup_problem(table)
     never = "forward was replaced on the instance" if "forward" in table.__dict__ else not_now
     return _embedding_step(path, table, adapter or LOOKUP, never, not_now)

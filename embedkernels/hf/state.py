@@ -125,7 +125,7 @@ def scale_of(module: nn.Module, name: str) -> tuple[float, str | None]:
     """The number that a scaled table multiplies its rows by, as stock has it, and why it cannot be told now.
 
     A plain number is as it is. A tensor is rounded to the weight's dtype first, read from the device once, and again
-    after it was replaced or written to.
+    after it was replaced or written to, but for writes through ``.data``, which leave no trace.
 
     Args:
         module: with a ``weight``.

@@ -57,8 +57,8 @@ class FusedEmbedding(nn.Embedding):
             return f"its weight is of {weight.dtype}"
         if needs_stock_autograd(weight):
             return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return "torch.jit is tracing: the traced model should run without embedkernels"
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+            return "torch.jit or torch.export traces: what it makes should run without embedkernels"
         return None
 
     def forward(self, input: Tensor) -> Tensor:

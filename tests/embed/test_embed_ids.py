@@ -183,6 +183,71 @@ GIVEN: dict[str, Any] = {"ids": None, "weight": None, "inputs_embeds": ROWS}
 ELSEWHERE = torch.device("meta")
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_only_packed_places_are_looked_at_and_named_by_their_place(backend: Any, device: torch.device) -> None:
+    ids = torch.tensor([[1, 99], [2, -7]], device=device)
+    weight = torch.randn(5, 8, device=device)
+    good = torch.tensor([2, 0], device=device)
+    y = ek.embed(ids, weight, packed=good, backend=backend)
+    ek.check_errors()
+    assert torch.equal(y, weight[[2, 1]])
+
+    def bad() -> None:
+        ek.embed(ids, weight, packed=torch.tensor([0, 3], device=device), backend=backend)
+        ek.check_errors()
+
+    with pytest.raises(IndexError, match="embed: token id -7 at position 3"):
+        bad()
+
+
+@pytest.mark.parametrize("options", [{"packed": [-1]}, {"sinusoids": "halves", "position_ids": [[-5, 3]]}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiled_places_and_positions_are_checked_too(
+    backend: Any, options: dict[str, Any], device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    tensors = {name: torch.tensor(v, device=device) for name, v in options.items() if name != "sinusoids"}
+    plain = {name: v for name, v in options.items() if name == "sinusoids"}
+    ids, weight = torch.tensor([[1, 2]], device=device), torch.randn(5, 8, device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(**tensors: torch.Tensor) -> torch.Tensor:
+        return ek.embed(ids, weight, backend=backend, **plain, **tensors)
+
+    def bad() -> None:
+        call(**tensors)
+        ek.check_errors()
+
+    with pytest.raises(IndexError, match=r"embed: (packed|position) id -"):
+        bad()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_lone_id_can_be_packed(backend: Any, device: torch.device) -> None:
+    weight, packed = torch.randn(5, 8, device=device), torch.tensor([0, 0], device=device)
+    y = ek.embed(torch.tensor(3, device=device), weight, packed=packed, backend=backend)
+    assert torch.equal(y, weight[[3, 3]])
+
+
+def test_a_bad_place_counts_as_zeros_in_the_kernel(errors: ErrorState, device: torch.device) -> None:
+    """In every part of its row, the implicit type too, and in the gradients of all of them."""
+    from embedkernels.kernels import embed as kernels
+
+    table, kind = torch.randn(5, 8, device=device), torch.randn(2, 8, device=device)
+    inputs = kernels.Inputs(
+        torch.tensor([1, 2, 3], device=device), table, 1.0, None, "none", -1, None, 0, 3, kind, None, None, None,
+        torch.tensor([2, 3, -1, 2**40, 0], device=device), "none", 0.0, False, None,
+    )  # fmt: skip
+    out = torch.full((5, 8), float("nan"), device=device)
+    kernels.embed_forward(inputs, out, None, None, 1e-5, (errors.flag, errors.record))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    expected = torch.zeros(5, 8, device=device)
+    expected[0], expected[4] = table[3] + kind[0], table[1] + kind[0]
+    torch.testing.assert_close(out, expected)
+    assert errors.record.tolist() == [1, 3, 3, 1, 3, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -285,6 +350,8 @@ ELSEWHERE = torch.device("meta")
         ({"sinusoids": "halves", "position_ids": IDS + 2**24}, IndexError, "position id 16777216 at position 0"),
         ({"sinusoids": "halves", "position_ids": IDS.bool()}, TypeError, "position_ids must be int32 or int64"),
         ({"sinusoids": "halves", "position_start": 2**24}, IndexError, "3 positions from position_start 16777216"),
+        ({"scale": torch.tensor(2.0)}, TypeError, "scale must be a number, got Tensor"),
+        ({"mask": IDS.to(torch.complex64)}, TypeError, "mask must be bool or real numbers, got torch.complex64"),
         ({"scale": None}, TypeError, "scale must be a number, got NoneType"),
         ({"scale": float("inf")}, ValueError, r"scale must be between 2\*\*-100 and 2\*\*100 in magnitude, got inf"),
         ({"scale": 0.0}, ValueError, "in magnitude, got 0.0"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import embedkernels as ek
 from embedkernels.kernels import embed as kernels
@@ -146,6 +147,37 @@ def test_frozen_parameters_get_no_gradient_and_cost_nothing(
     assert asked == [(rows, not {"norm_weight", "norm_bias"} <= set(frozen))]
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2}, {"mask": "bool"}, {"scale": 3.0}], ids=str)
+@pytest.mark.parametrize("norm", ["none", "both"])
+def test_no_two_gradients_share_memory(norm: str, options: dict[str, Any], device: torch.device) -> None:
+    """Else clipping, which scales them in place, would scale one twice."""
+    case = make((3, 4), 8, device=device, source="given", extra="full", norm=norm, **options)
+    y = case.run()
+    grads = case.gradients(y, torch.randn_like(y))
+    assert len({grad.untyped_storage().data_ptr() for grad in grads.values()}) == len(grads)
+
+
+def test_a_frozen_table_s_scale_costs_nothing(device: torch.device) -> None:
+    case = make((3, 4), 8, device=device, norm="none", scale=3.0)
+    case.parameters["weight"].requires_grad_(False)
+    y = case.run()
+    with Noted() as seen:
+        case.gradients(y, torch.ones_like(y))
+    assert torch.ops.aten.mul.Tensor not in seen.ops
+
+
+class Noted(TorchDispatchMode):
+    """Notes the ops that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.add(func)
+        return func(*args, **(kwargs or {}))
+
+
 def test_without_norm_and_dropout_no_backward_kernel_runs(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +294,31 @@ def test_output_may_be_fp32_over_16_bit_tables(device: torch.device) -> None:
     for name in ours:
         assert ours[name].dtype == torch.bfloat16
         torch.testing.assert_close(ours[name].float(), exact[name], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", ["none", "real"])
+def test_on_a_gpu_every_part_can_be_captured_with_its_backward(packed: str, device: torch.device) -> None:
+    case = make(
+        (4, 8), 64, device=device, positions="fairseq", norm="rms both", scale=2.0, extra="full", packed=packed,
+        dropout_p=0.1, dropout_first=True, mask="bool",
+    )  # fmt: skip
+    upstream = torch.ones_like(case.run())
+
+    def step() -> list[torch.Tensor]:
+        return [ek.count_positions(case.ids, padding_idx=0), *case.gradients(case.run(), upstream).values()]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    assert all(torch.isfinite(t.float()).all() for t in results)
 
 
 @pytest.mark.gpu

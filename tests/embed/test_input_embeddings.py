@@ -199,6 +199,10 @@ def test_errors_name_the_argument(ids: torch.Tensor, device: torch.device) -> No
         stem(positions="sinus")
     with pytest.raises(ValueError, match="positions 'halves' have no table: max_positions must be None"):
         stem(positions="halves")
+    with pytest.raises(ValueError, match="position_offset is 2, but there are no positions"):
+        stem(position_offset=2, max_positions=None)
+    alone = stem(max_positions=None).to(device).eval()
+    assert torch.equal(alone(ids, position_start=3), alone(ids))
     with pytest.raises(ValueError, match="FusedInputEmbeddings: scale must be between"):
         stem(scale=0.0)
     for options in ({"position_offset": -1}, {"position_offset": 2, "positions": "padding"}):

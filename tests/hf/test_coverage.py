@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import embedkernels as ek
 from embedkernels.hf import coverage
+from embedkernels.hf.adapters import ADAPTERS, adapter_for
 from embedkernels.hf.bodies import fingerprint, fingerprint_of
 
 FILE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -85,16 +89,54 @@ def test_what_has_no_source_has_no_fingerprint():
     assert fingerprint_of(names["forward"]) is None
 
 
+def _doubled(self, input_ids=None, inputs_embeds=None, position_ids=None, **_):
+    """GPT-2's beginning with a factor that the row knows nothing of."""
+    embeds = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+    return self.drop(2.0 * embeds + self.wpe(position_ids))
+
+
+def test_a_model_whose_forward_changed_has_no_row(monkeypatch):
+    """Its tables are looked up: what it does between the lookups and the dropout is not known."""
+    cls = transformers.GPT2Model
+    stock = cls.forward
+    assert adapter_for(cls).recipe == "inline"
+    for other in (_doubled, functools.wraps(stock)(lambda self, *args, **kwargs: stock(self, *args, **kwargs))):
+        monkeypatch.setattr(cls, "forward", other)
+        assert adapter_for(cls) is None
+        model = cls(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20))
+        entries = {entry.path: entry for entry in ek.patch(model, attention=False).entries}
+        assert entries.keys() == {"wte", "wpe"}
+        assert all(entry.status == "patched" for entry in entries.values())
+
+
+def test_a_frozen_lookup_is_told_by_its_own_decorator():
+    def forward(self, ids):
+        return ids
+
+    @torch.no_grad()
+    def frozen(self, ids):
+        return ids
+
+    assert fingerprint_of(forward) is not None
+    assert fingerprint_of(frozen) not in (None, fingerprint_of(forward))
+    assert fingerprint_of(torch.no_grad()(forward)) is None
+
+
 def test_the_file_is_what_the_installed_transformers_gives():
     found = coverage.front_ends(coverage.models_folder())
     text = coverage.render(found, transformers.__version__)
     there = FILE.read_text(encoding="utf-8")
     if f"from transformers {transformers.__version__} " in there:
         assert there == text
+        text = there
     total, covered = map(int, re.findall(r"\*\*(\d+) classes look tokens up: `patch` covers (\d+)", text)[0])
     assert (total, covered) == (len(found), sum(one.adapter is not None for one in found))
     assert total > 300
     assert covered > 0.95 * total
+    recipes = Counter(one.adapter.recipe for one in found if one.adapter is not None)
+    assert recipes["stem"] >= 55
+    assert recipes["scaled"] >= 23
+    assert recipes["inline"] == sum(row.recipe == "inline" for row in ADAPTERS)
     assert all(one.why for one in found if one.adapter is None)
     for cls in (
         "bert.BertEmbeddings",

@@ -269,7 +269,7 @@ def test_tables_that_no_row_covers_are_looked_up_or_listed():
         "bias": "left alone",
         "own": "left alone",
     }
-    assert entries["bias"].reason == "rows of 4 elements: an attention bias, not embeddings"
+    assert entries["bias"].reason == "rows of 4 elements are too short to gain by it"
     assert entries["own"].reason == "a Own, not an nn.Embedding, and its forward has no row"
 
 

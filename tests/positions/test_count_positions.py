@@ -80,6 +80,18 @@ def test_sequences_longer_than_a_block(device: torch.device, monkeypatch: pytest
         assert torch.equal(ours, theirs)
 
 
+@on_backends
+@pytest.mark.parametrize(
+    ("dtype", "padding_idx"), [(torch.uint8, 300), (torch.int8, 256), (torch.int32, 2**32), (torch.uint8, -1)]
+)
+def test_a_padding_idx_that_no_token_can_have_is_no_token_s(
+    backend: Any, dtype: torch.dtype, padding_idx: int, device: torch.device
+) -> None:
+    tokens = torch.tensor([44, 0, 1, -1], device=device).to(dtype)
+    ours = ek.count_positions(tokens, padding_idx=padding_idx, backend=backend)
+    assert ours.tolist() == [1, 2, 3, 4]
+
+
 TOKENS = torch.ones(2, 3, dtype=torch.int64)
 
 
