@@ -121,18 +121,26 @@ def unfit(module: nn.Module, adapter: Adapter) -> str | None:
     A part is of a class of transformers' own, not of PyTorch's, or the configuration asks for what the fused forward
     does not do.
     """
-    for name in adapter.off:
-        if getattr(module, name, None):
-            return f"{name} is set"
-    for name in adapter.on:
-        if not getattr(module, name) and module._modules.get(str(adapter.positions)) is not None:
-            return f"{name} is not set"
+    reason = _ruled_out(module, adapter)
+    if reason is not None:
+        return reason
     for name in (*adapter.tables, adapter.norm, adapter.dropout):
         part = None if name is None else module._modules.get(name)
         if name in adapter.tables and adapter.recipe == "inline" and _known(part, name == adapter.positions):
             continue
         if part is not None and type(part).__module__.startswith("transformers."):
             return f"{name} is a {type(part).__qualname__}, not one of PyTorch's own"
+    return None
+
+
+def _ruled_out(module: nn.Module, adapter: Adapter) -> str | None:
+    """What the configuration asks for that the fused forward does not do, or None."""
+    for setting in adapter.off:
+        if getattr(module, setting, None):
+            return f"{setting} is set"
+    for setting in adapter.on:
+        if not getattr(module, setting) and module._modules.get(str(adapter.positions)) is not None:
+            return f"{setting} is not set"
     return None
 
 
@@ -155,12 +163,9 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
     if _global_hooks():
         return "a hook on all modules is registered (torch.nn.modules.module.register_module_*_hook)"
     parts: dict[str, Any] = module._modules
-    for name in adapter.off:
-        if getattr(module, name, None):
-            return f"{name} is set"
-    for name in adapter.on:
-        if not getattr(module, name) and parts.get(adapter.positions) is not None:  # type: ignore[arg-type]
-            return f"{name} is not set"
+    ruled_out = _ruled_out(module, adapter)
+    if ruled_out is not None:
+        return ruled_out
     dtype, device = None, None
     read: list[torch.Tensor] = []
     for name in adapter.tables:

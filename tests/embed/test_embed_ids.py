@@ -229,10 +229,13 @@ def test_a_lone_id_can_be_packed(backend: Any, device: torch.device) -> None:
     assert torch.equal(y, weight[[3, 3]])
 
 
-def test_a_bad_place_counts_as_zeros_in_the_kernel(errors: ErrorState, device: torch.device) -> None:
+def test_a_bad_place_counts_as_zeros_in_the_kernel(device: torch.device) -> None:
     """In every part of its row, the implicit type too, and in the gradients of all of them."""
     from embedkernels.kernels import embed as kernels
 
+    errors = ErrorState(
+        torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(RECORD_FIELDS, dtype=torch.int64, device=device)
+    )
     table, kind = torch.randn(5, 8, device=device), torch.randn(2, 8, device=device)
     inputs = kernels.Inputs(
         torch.tensor([1, 2, 3], device=device), table, 1.0, None, "none", -1, None, 0, 3, kind, None, None, None,
