@@ -74,6 +74,7 @@ BOUNDS: tuple[Bound, ...] = (
     ),
     Bound("embed_bwd_reduce_kernel*", "sm_*", 64, HALF, False, False, "reads partial sums, writes one row"),
     Bound("embed_stats_kernel*", "sm_*", 64, HALF, False, False, "writes two numbers a row"),
+    Bound("embed_projection_kernel*sinusoids,*", "sm_*", 80, 0.37, False, False, "a sine an element, in a wide row"),
     Bound("embed_projection_kernel*", "sm_*", 64, HALF, False, False, "writes two numbers a row"),
     *(
         Bound(f"embed_*,{label},*", "sm_*", 80, 0.37, True, False, "every part of the formula, or a sine an element")
