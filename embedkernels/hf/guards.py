@@ -18,7 +18,7 @@ from torch.nn.modules import module as _torch_module
 from embedkernels.hf import state
 from embedkernels.hf.adapters import Adapter, adapter_for, position_table
 from embedkernels.nn.embedding import FusedEmbedding
-from embedkernels.ops.backend import needs_stock_autograd
+from embedkernels.ops.backend import makes_a_program, needs_stock_autograd
 from embedkernels.ops.embedding_grad import DTYPES
 
 _HOOKS = (
@@ -110,7 +110,7 @@ def lookup_problem(part: Any) -> str | None:
         return f"its weight is of {weight.dtype}"
     if needs_stock_autograd(weight):
         return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+    if makes_a_program():
         return "torch.jit or torch.export traces: what it makes should run without embedkernels"
     return None
 
@@ -208,7 +208,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         reason = _watched(dropout, adapter.dropout)
         if reason is not None:
             return reason
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+    if makes_a_program():
         return "torch.jit or torch.export traces: what it makes should run without embedkernels"
     if needs_stock_autograd(*read):
         return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"

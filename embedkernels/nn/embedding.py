@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from embedkernels.ops.backend import needs_stock_autograd
+from embedkernels.ops.backend import makes_a_program, needs_stock_autograd
 from embedkernels.ops.embedding import embedding
 from embedkernels.ops.embedding_grad import DTYPES
 
@@ -57,7 +56,7 @@ class FusedEmbedding(nn.Embedding):
             return f"its weight is of {weight.dtype}"
         if needs_stock_autograd(weight):
             return "torch.func or forward-mode AD differentiates it: the fused op has a backward formula only"
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        if makes_a_program():
             return "torch.jit or torch.export traces: what it makes should run without embedkernels"
         return None
 

@@ -147,6 +147,15 @@ def needs_stock_autograd(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def makes_a_program() -> bool:
+    """Whether ``torch.jit.trace`` or ``torch.export`` records: what they make should run without this package.
+
+    ``torch.compiler.is_exporting()`` read from its flag, for Dynamo of torch 2.11 takes it for true in every
+    ``torch.compile``.
+    """
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag  # type: ignore[attr-defined]
+
+
 def check_stock_autograd(op: str, device: torch.device, requested: str | None) -> None:
     """NotImplementedError if a backend was asked for that has no such derivatives (see :func:`needs_stock_autograd`).
 

@@ -323,6 +323,28 @@ def test_a_fused_embedding_is_traced_as_a_stock_one():
     assert torch.equal(traced(torch.tensor([5])), table.weight[5:])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("make", [lambda: ek.FusedEmbedding(6, 4), lambda: _both("bert", nothing)[2].eval()])
+def test_exports_record_stock_ops_and_compilation_the_fused_one(make, strict):
+    """Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in every ``torch.compile``."""
+    torch.compiler.reset()
+    module = make()
+    example = torch.tensor([[1, 2, 5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, (example,), strict=strict)
+    assert "embedkernels" not in str(program.graph)
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(module, backend=record, fullgraph=True)
+    assert torch.equal(compiled(example), program.module()(example))
+    assert "embedkernels" in "".join(graphs)
+
+
 def test_the_checks_are_cheap():
     """Microseconds: far below what the calls of the bypassed modules cost."""
     _, _, module = _both("bert", nothing)
