@@ -7,7 +7,8 @@
 
 A class counts if it is defined in a ``modeling_*.py`` of transformers.models, makes a table whose number of rows is a
 vocabulary's (``vocab_size``, but not ``type_vocab_size``) and calls that table in one of its methods. A table that a
-class makes for others, as T5's ``shared``, counts where it is called. Sources are read, no model is imported.
+class makes for others, as T5's ``shared``, counts where it is called. A class turns query and key by rotary positions
+if its forward calls a function whose name says so. Sources are read, no model is imported.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from embedkernels.hf.adapters import ADAPTERS, LOOKUP, Adapter
 from embedkernels.hf.bodies import fingerprint
+from embedkernels.hf.rotary import BY_BODIES, Rotation, called_like_one
 
 _BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAPTERS if adapter.body is not None}
 _INLINE = {adapter.example: adapter for adapter in ADAPTERS if adapter.recipe == "inline"}
@@ -44,6 +46,23 @@ class FrontEnd:
     model: str
     cls: str
     adapter: Adapter | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class RotaryUser:
+    """A class that turns query and key by rotary positions.
+
+    Attributes:
+        model: the folder of transformers.models.
+        cls: the class.
+        rotation: what replaces the function that it calls; None if nothing does.
+        why: why it stays stock.
+    """
+
+    model: str
+    cls: str
+    rotation: Rotation | None
     why: str = ""
 
 
@@ -69,6 +88,45 @@ def front_ends(folder: Path) -> tuple[FrontEnd, ...]:
             if _may_count("\n".join(lines[cls.lineno - 1 : cls.end_lineno])):
                 found.append(_front_end(file.parent.name, cls, classes))
     return tuple(sorted((one for one in found if one is not None), key=lambda one: (one.model, one.cls)))
+
+
+@functools.lru_cache(maxsize=1)
+def rotary_users(folder: Path) -> tuple[RotaryUser, ...]:
+    """Every class whose forward calls a rotary function, in the order of models and classes."""
+    found = []
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        source = file.read_text(encoding="utf-8")
+        if "rotary" not in source and "rope" not in source:
+            continue
+        body = ast.parse(source).body
+        functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+        if not any(map(called_like_one, functions)):
+            continue
+        for cls in body:
+            if isinstance(cls, ast.ClassDef) and (user := _rotary_user(file.parent.name, cls, functions)) is not None:
+                found.append(user)
+    return tuple(sorted(found, key=lambda one: (one.model, one.cls)))
+
+
+def _rotary_user(model: str, cls: ast.ClassDef, functions: dict[str, ast.FunctionDef]) -> RotaryUser | None:
+    forward = _forward(cls)
+    called = dict.fromkeys(name for name in _names(forward) if name in functions and called_like_one(name))
+    if forward is None or not called:
+        return None
+    name = next(iter(called))
+    why = f"its function is `{name}`, which has no row"
+    if len(called) > 1:
+        return RotaryUser(model, cls.name, None, f"it calls {' and '.join(f'`{one}`' for one in called)}")
+    helpers = [one for one in _names(functions[name]) if one in functions]
+    bodies = (fingerprint(functions[name]), fingerprint(functions[helpers[0]]) if len(set(helpers)) == 1 else "")
+    rotation = BY_BODIES.get(bodies)
+    if rotation is not None and forward.decorator_list:
+        rotation, why = None, "its forward is decorated"
+    return RotaryUser(model, cls.name, rotation, "" if rotation else why)
+
+
+def _names(node: ast.AST | None) -> list[str]:
+    return [] if node is None else [one.id for one in ast.walk(node) if isinstance(one, ast.Name)]
 
 
 def _may_count(source: str) -> bool:
@@ -138,12 +196,17 @@ def _class(call: ast.Call) -> str:
 
 
 def _body(cls: ast.ClassDef) -> str | None:
+    forward = _forward(cls)
+    return None if forward is None else fingerprint(forward)
+
+
+def _forward(cls: ast.ClassDef) -> ast.FunctionDef | None:
     forwards = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "forward"]
-    return fingerprint(forwards[-1]) if forwards else None
+    return forwards[-1] if forwards else None
 
 
-def render(found: Sequence[FrontEnd], version: str) -> str:
-    """The table in Markdown."""
+def render(found: Sequence[FrontEnd], users: Sequence[RotaryUser], version: str) -> str:
+    """The tables in Markdown."""
     of = {recipe: [one for one in found if one.adapter and one.adapter.recipe == recipe] for recipe in _TITLES}
     stock = [one for one in found if one.adapter is None]
     fused = len(of["stem"]) + len(of["inline"])
@@ -167,6 +230,24 @@ def render(found: Sequence[FrontEnd], version: str) -> str:
         lines += [f"| {formula} | {len(names)}: {', '.join(names)} |" for formula, names in groups.items()]
     lines += ["", "## Stock", "", "| class | why |", "|---|---|"]
     lines += [f"| {one.model}.{one.cls} | {one.why} |" for one in stock]
+    known = [one for one in users if one.rotation is not None]
+    lines += [
+        "",
+        "## Rotary positions",
+        "",
+        f"**{len(users)} classes turn query and key by a function of their module: `patch` replaces it in "
+        f"{len(known)}.**",
+        "",
+        "| one op | classes |",
+        "|---|---|",
+    ]
+    turned: dict[str, list[str]] = {}
+    for user in known:
+        assert user.rotation is not None
+        turned.setdefault(user.rotation.formula, []).append(f"{user.model}.{user.cls}")
+    lines += [f"| {formula} | {len(names)}: {', '.join(names)} |" for formula, names in turned.items()]
+    lines += ["", "| stock | why |", "|---|---|"]
+    lines += [f"| {one.model}.{one.cls} | {one.why} |" for one in users if one.rotation is None]
     return "\n".join(lines) + "\n"
 
 
@@ -191,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _print_bodies(*given.body.split(".", 1))
     import transformers
 
-    text = render(front_ends(models_folder()), transformers.__version__)
+    folder = models_folder()
+    text = render(front_ends(folder), rotary_users(folder), transformers.__version__)
     if given.write:
         given.write.write_text(text, encoding="utf-8")
     elif given.check:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedkernels.hf import guards, state
+from embedkernels.hf import guards, rotary, state
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
 from embedkernels.hf.state import is_marked
 from embedkernels.nn.embedding import FusedEmbedding
@@ -56,8 +56,16 @@ def empty_instance(stock: type[nn.Module]) -> nn.Module:
 
     Of the stock class itself where a pickle comes to a transformers whose forward is another.
     """
-    cls = fused_class(stock) if stock is nn.Embedding or adapter_for(stock) is not None else stock
+    cls = fused_class(stock) if can_be_fused(stock) else stock
     return cls.__new__(cls)
+
+
+def can_be_fused(stock: type[nn.Module]) -> bool:
+    """Whether :func:`fused_class` has a subclass for a stock class."""
+    if stock is nn.Embedding or adapter_for(stock) is not None:
+        return True
+    found = rotary.rotary_of(stock)
+    return found is not None and found.rotation is not None
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -67,7 +75,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``stock`` whose forward is fused.
 
     Args:
-        stock: nn.Embedding or a class that has a row in the table.
+        stock: nn.Embedding, or a class that has a row in the table or calls a rotary function that has one.
 
     Raises:
         ValueError: for another class.
@@ -78,11 +86,11 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
-    adapter = adapter_for(stock)
-    if adapter is None and stock is not nn.Embedding:
+    if not can_be_fused(stock):
         raise ValueError(f"no adapter for {stock.__module__}.{stock.__qualname__}; patch covers {supported()}")
 
-    base: type[nn.Module] = FusedEmbedding if adapter is None else stock
+    adapter = adapter_for(stock)
+    base: type[nn.Module] = FusedEmbedding if stock is nn.Embedding else stock
 
     @functools.wraps(stock.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +114,10 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
         STOCK: stock,
         ADAPTER: adapter,
     }
-    namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward) if adapter else _lookup_forward
+    if adapter is not None:
+        namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward)
+    else:
+        namespace["forward"] = _lookup_forward if stock is nn.Embedding else _rotary_forward(stock)
     fused: type[nn.Module] = type(stock.__name__, (base,), namespace)
     return fused
 
@@ -136,6 +147,18 @@ def _scaled_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
             guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, input_ids)
         return embed(input_ids, self.weight, scale=scale, padding_idx=self.padding_idx)
+
+    return forward
+
+
+def _rotary_forward(stock: type[nn.Module]) -> Forward:
+    """The stock forward, whose rotary function is ``rope`` where that fits."""
+    stock_forward: Any = stock.forward
+    fused_forward = rotary.rebound(stock)
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (fused_forward if is_marked(self) else stock_forward)(self, *args, **kwargs)
 
     return forward
 

@@ -1,4 +1,4 @@
-"""``patch(model)`` and ``unpatch(model)``: fused embeddings and attention in place, and back."""
+"""``patch(model)`` and ``unpatch(model)``: fused embeddings, rotary positions and attention in place, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from embedkernels.hf import attention as hf_attention
-from embedkernels.hf import config, fused, guards
+from embedkernels.hf import config, fused, guards, rotary
 from embedkernels.hf.adapters import LOOKUP, Adapter, base_of, family_of, supported
 from embedkernels.hf.report import Entry, OpChoice, PatchReport, Status
 from embedkernels.hf.state import MARK, Mark
@@ -37,8 +37,10 @@ class _Step:
     notable: bool = False
 
 
-def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, strict: bool = False) -> PatchReport:
-    """Fuse the input embeddings and the attention of a Hugging Face model, in place.
+def patch(
+    model: nn.Module, *, embeddings: bool = True, rope: bool = True, attention: bool = True, strict: bool = False
+) -> PatchReport:
+    """Fuse the input embeddings, the rotary positions and the attention of a Hugging Face model, in place.
 
     Modules keep their parameters, buffers, names, hooks, ``state_dict`` and ``isinstance``; their ``__class__``
     becomes a subclass of the stock class. A module that something hooks, wraps or parametrises runs its stock
@@ -50,6 +52,8 @@ def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, 
             lookup, whatever it is for. Unpatch before tools that know modules by their exact class, as quantisation
             does, and before torch.jit.script.
         embeddings: fuse the input embeddings.
+        rope: have attention turn query and key by rotary positions in one launch, where the function that the model
+            calls for it is a known one. Under torch.compile that function stays: Inductor fuses it.
         attention: set the attention implementation ``"embedkernels"`` where ``"sdpa"`` is set, which is what
             transformers takes unless it is told otherwise. Any other was chosen, and stays.
         strict: raise instead of warning if there is nothing to patch, not even one lookup.
@@ -68,9 +72,9 @@ def patch(model: nn.Module, *, embeddings: bool = True, attention: bool = True, 
         >>> report.active
         True
     """
-    steps = list(_plan(_module(model, "patch"), embeddings, attention))
+    steps = list(_plan(_module(model, "patch"), embeddings, rope, attention))
     found = [step for step in steps if step.entry.status != "left alone"]
-    if not found and (embeddings or attention):
+    if not found and (embeddings or rope or attention):
         message = _unsupported(model, [step.entry for step in steps])
         if strict:
             raise ValueError(message)
@@ -92,7 +96,7 @@ def describe(model: nn.Module) -> PatchReport:
         TypeError: ``model`` is not a module.
     """
     entries = []
-    for step in _plan(_module(model, "describe"), True, True):
+    for step in _plan(_module(model, "describe"), True, True, True):
         entry = step.entry
         if step.change:
             entry = Entry(entry.path, entry.part, entry.was, entry.was, "left alone", "not patched")
@@ -158,9 +162,11 @@ def _apply(model: nn.Module, step: _Step) -> None:
             module.__class__ = fused.fused_class(type(module))
 
 
-def _plan(model: nn.Module, embeddings: bool, attention: bool) -> Iterator[_Step]:
+def _plan(model: nn.Module, embeddings: bool, rope: bool, attention: bool) -> Iterator[_Step]:
     if embeddings:
         yield from _plan_embeddings(model)
+    if rope:
+        yield from _plan_rotary(model)
     if attention:
         yield from _plan_attention(model)
 
@@ -235,6 +241,26 @@ def _embedding_step(path: str, module: nn.Module, adapter: Adapter, never: str |
     return _Step(entry, module, not already)
 
 
+def _plan_rotary(model: nn.Module) -> Iterator[_Step]:
+    for path, module in model.named_modules():
+        found = rotary.rotary_of(fused.stock_class(module))
+        if found is None:
+            continue
+        never = found.why or ("forward was replaced on the instance" if "forward" in module.__dict__ else "")
+        already = fused.is_fused(module)
+        if never and not already:
+            status: Status = "left alone"
+        elif never:
+            status = "falls back"
+        else:
+            status = "already" if already else "patched"
+        now = found.name if status == "left alone" else "query and key in one op"
+        ops = () if never else (_choice("rope", module),)
+        yield _Step(
+            Entry(path, "rotary", found.name, now, status, never, ops), module, not already and status == "patched"
+        )
+
+
 def _plan_attention(model: nn.Module) -> Iterator[_Step]:
     by_config: dict[int, dict[str, PreTrainedModel]] = {}
     for path, module in model.named_modules():
@@ -296,7 +322,7 @@ def _choice(op: str, module: nn.Module) -> OpChoice:
     choice = choose(op, parameter.device)
     if choice.backend == "triton":
         reason = None
-        if op == "embed":
+        if op in ("embed", "rope"):
             reason = hf_attention.why_not_dtype(parameter.dtype)
         elif op == "attention" and isinstance(module, PreTrainedModel):
             reason = hf_attention.why_not_heads(_head_size(module.config), parameter.dtype)

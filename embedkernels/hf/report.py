@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ class Entry:
 
     Attributes:
         path: the module's name in the model; empty for the model itself.
-        part: ``"embeddings"`` or ``"attention"``.
+        part: ``"embeddings"``, ``"rotary"`` or ``"attention"``.
         was: the stock class, or the attention implementation before.
         now: what is computed now.
         status: ``"patched"``: changed by this call. ``"already"``: changed before. ``"falls back"``: patched, but
@@ -41,7 +42,7 @@ class Entry:
     """
 
     path: str
-    part: Literal["embeddings", "attention"]
+    part: Literal["embeddings", "rotary", "attention"]
     was: str
     now: str
     status: Status
@@ -75,7 +76,7 @@ class PatchReport:
         if not self.entries:
             return lines[0] + ": nothing to patch"
         header = ("module", "part", "was", "now", "runs on", "status")
-        rows = [header, *(_row(entry) for entry in self.entries)]
+        rows = [header, *_rows(self.entries)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         rows.insert(1, tuple("-" * width for width in widths))
         lines += [
@@ -83,7 +84,7 @@ class PatchReport:
             for row in rows
         ]
         reasons = dict.fromkeys(
-            [f"{e.path or '(model)'} {e.part} {e.status}: {e.reason}" for e in self.entries if e.reason]
+            [f"{_numberless(e)} {e.part} {e.status}: {e.reason}" for e in self.entries if e.reason]
             + [f"{o.op} on {o.device} runs on {o.backend}: {o.reason}" for e in self.entries for o in e.ops]
         )
         return "\n".join([*lines, *(f"  {reason}" for reason in reasons)])
@@ -94,6 +95,18 @@ def _plain(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
-    backends = ", ".join(f"{op.op}: {op.backend}" for op in entry.ops)
-    return (entry.path or "(model)", entry.part, entry.was, entry.now, backends or "-", entry.status)
+def _rows(entries: tuple[Entry, ...]) -> list[tuple[str, ...]]:
+    """A row for every entry, one for those that differ in the number of their layer alone."""
+    paths: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        backends = ", ".join(f"{op.op}: {op.backend}" for op in entry.ops)
+        cells = (entry.part, entry.was, entry.now, backends or "-", entry.status)
+        paths.setdefault((_numberless(entry), *cells), []).append(entry)
+    return [
+        (f"{path} ({len(same)})" if len(same) > 1 else same[0].path or path, *cells)
+        for (path, *cells), same in paths.items()
+    ]
+
+
+def _numberless(entry: Entry) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", entry.path) or "(model)"

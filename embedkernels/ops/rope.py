@@ -11,8 +11,8 @@ from embedkernels.ops.backend import Backend, check_stock_autograd, choose, need
 from embedkernels.ops.layout import empty_in_order_of
 from embedkernels.reference import rope as reference
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def rope(
@@ -69,7 +69,7 @@ def rope(
     rotary_dim = _checked_rotary_dim(rotary_dim, query, cos)
     _check_tables(query, cos, sin, rotary_dim)
     id_errors.begin_without_ids(query.device)
-    in_kernels = query.dtype in _KERNEL_DTYPES
+    in_kernels = query.dtype in KERNEL_DTYPES
     if backend == "triton" and not in_kernels:
         raise TypeError(f"rope: backend 'triton' takes float32, bfloat16 or float16, got {query.dtype}")
     stock = needs_stock_autograd(query, key, cos, sin) or (

@@ -16,6 +16,7 @@ import embedkernels as ek
 from embedkernels.hf import coverage
 from embedkernels.hf.adapters import ADAPTERS, adapter_for
 from embedkernels.hf.bodies import fingerprint, fingerprint_of
+from embedkernels.hf.rotary import ROTATIONS
 
 FILE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
@@ -124,7 +125,8 @@ def test_a_frozen_lookup_is_told_by_its_own_decorator():
 
 def test_the_file_is_what_the_installed_transformers_gives():
     found = coverage.front_ends(coverage.models_folder())
-    text = coverage.render(found, transformers.__version__)
+    users = coverage.rotary_users(coverage.models_folder())
+    text = coverage.render(found, users, transformers.__version__)
     there = FILE.read_text(encoding="utf-8")
     if f"from transformers {transformers.__version__} " in there:
         assert there == text
@@ -133,6 +135,12 @@ def test_the_file_is_what_the_installed_transformers_gives():
     assert (total, covered) == (len(found), sum(one.adapter is not None for one in found))
     assert total > 300
     assert covered > 0.95 * total
+    total, replaced = map(int, re.findall(r"\*\*(\d+) classes turn query .* in (\d+)\.", text)[0])
+    assert (total, replaced) == (len(users), sum(one.rotation is not None for one in users))
+    assert total > 200
+    assert replaced > 0.7 * total
+    assert {one.rotation for one in users} == {*ROTATIONS, None}
+    assert all(bool(one.why) == (one.rotation is None) for one in users)
     recipes = Counter(one.adapter.recipe for one in found if one.adapter is not None)
     assert recipes["stem"] >= 55
     assert recipes["scaled"] >= 23
