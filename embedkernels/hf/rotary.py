@@ -140,7 +140,8 @@ def rotary_of(cls: type[nn.Module]) -> Rotary | None:
     name = names[0]
     if code is not getattr(forward, "__code__", None):
         return Rotary(name, None, "its forward is decorated")
-    if any(op.opname not in ("LOAD_GLOBAL", "LOAD_NAME") for op in dis.get_instructions(forward) if op.argval == name):
+    uses = {op.opname for op in dis.get_instructions(forward) if op.argval == name}
+    if uses != {"LOAD_GLOBAL"}:
         return Rotary(name, None, f"{name} is an attribute in it")
     rotation = _rotation(vars(module)[name])
     return Rotary(
