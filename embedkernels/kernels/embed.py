@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from embedkernels.kernels.ids import EMBED, report_bad_id
+from embedkernels.kernels.launch import Launcher
 from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.sinusoids import constants, sinusoid_rows
 from embedkernels.kernels.specs import CompileSpec
@@ -393,6 +394,14 @@ def embed_bwd_reduce_kernel(
             tl.store(at, grad.to(norm_bias_grad_ptr.dtype.element_ty), mask=inside)
 
 
+_launch_stats, _launch_fwd, _launch_projection, _launch_bwd, _launch_bwd_reduce = (
+    Launcher(kernel)
+    for kernel in (
+        embed_stats_kernel, embed_fwd_kernel, embed_projection_kernel, embed_bwd_kernel, embed_bwd_reduce_kernel,
+    )
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Tile:
     """How rows are cut: rows and columns of a tile, warps, and whether a row takes several tiles."""
@@ -420,12 +429,11 @@ def tile(width: int, itemsize: int, norm: bool, backward: bool) -> Tile:
     return Tile(1, block, min(16, block // per_warp), 1)
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What both kernels read beside the gradient. Tensors are contiguous.
 
     Attributes:
-        ids: flat, N elements; None where ``weight`` holds the rows themselves.
+        ids: N elements; None where ``weight`` holds the rows themselves.
         weight: (V, D), or (N, D) without ids.
         scale: factor of the rows of ``weight``.
         position_weight: (rows, D) or None.
@@ -523,16 +531,21 @@ def embed_forward(
         for there in (inputs.norm == "layer", norm)
     )
     grid = (triton.cdiv(n, t.block_n), t.chunks)
-    common = {**inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1}
+    sources, dropout = inputs.sources(), inputs.dropout()
+    constexprs = {
+        **inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+        "BIAS": norm_bias is not None, "MASK": inputs.mask is not None, "WIDE": t.chunks > 1,
+    }  # fmt: skip
     if norm and t.chunks > 1:
-        embed_stats_kernel[grid[:1]](mean, rstd, *inputs.sources(), n, eps, *inputs.dropout(), **common)
-    embed_fwd_kernel[grid](
-        out, mean, rstd, *inputs.sources(), n,
+        _launch_stats(
+            grid[:1], (mean, rstd, *sources, n, eps, *dropout), constexprs, num_warps=t.num_warps, num_stages=1
+        )
+    arguments = (
+        out, mean, rstd, *sources, n,
         inputs.weight if norm_weight is None else norm_weight, inputs.weight if norm_bias is None else norm_bias,
-        eps, *inputs.dropout(), *inputs.masked(), *errors,
-        WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, MASK=inputs.mask is not None,
-        WIDE=t.chunks > 1, **common,
+        eps, *dropout, *inputs.masked(), *errors,
     )  # fmt: skip
+    _launch_fwd(grid, arguments, constexprs, num_warps=t.num_warps, num_stages=1)
     return mean, rstd
 
 
@@ -562,31 +575,39 @@ def embed_backward(
         most = max(1, _multiprocessors(device) * WARPS_PER_SM // (t.num_warps * t.chunks))
         programs = min(most, triton.cdiv(tiles, TILES_PER_PROGRAM))
     grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
-    partial = torch.empty((programs if need_norm else 0, 2, width), dtype=torch.float32, device=device)
+    # What a variant does not use is some memory of the same type.
+    partial = projection = mean
+    if need_norm:
+        partial = torch.empty((programs, 2, width), dtype=torch.float32, device=device)
     projected = norm and need_rows and t.chunks > 1
-    projection = torch.empty((2, n if projected else 0), dtype=torch.float32, device=device)
+    if projected:
+        projection = torch.empty((2, n), dtype=torch.float32, device=device)
     shared = (
-        *inputs.sources(), n, inputs.weight if norm_weight is None else norm_weight, *inputs.dropout(),
-        *inputs.masked(),
+        grad, mean, rstd, *inputs.sources(), n, inputs.weight if norm_weight is None else norm_weight,
+        *inputs.dropout(), *inputs.masked(),
     )  # fmt: skip
-    common = {
-        **inputs.flags(), "WEIGHT": norm_weight is not None, "MASK": inputs.mask is not None, "BLOCK_N": t.block_n,
-        "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1,
+    constexprs = {
+        **inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+        "MASK": inputs.mask is not None, "WIDE": t.chunks > 1, "NEED_ROWS": need_rows, "NEED_NORM": need_norm,
     }  # fmt: skip
     if projected:
-        embed_projection_kernel[(tiles,)](projection, grad, mean, rstd, *shared, **common)
-    embed_bwd_kernel[(programs, t.chunks)](
-        grad_rows, partial, projection, grad, mean, rstd, *shared, row_scale,
-        WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
+        _launch_projection((tiles,), (projection, *shared), constexprs, num_warps=t.num_warps, num_stages=1)
+    _launch_bwd(
+        (programs, t.chunks), (grad_rows, partial, projection, *shared, row_scale), constexprs,
+        num_warps=t.num_warps, num_stages=1,
     )  # fmt: skip
     weight_grad, bias_grad = (
         p.new_empty(p.shape) if need_norm and p is not None else inputs.weight.new_empty(0)
         for p in (norm_weight, norm_bias)
     )
     if need_norm:
-        embed_bwd_reduce_kernel[(triton.cdiv(width, REDUCE_COLUMNS), 2)](
-            weight_grad, bias_grad, partial, programs, D=width, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS,
-            WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, num_warps=4,
+        _launch_bwd_reduce(
+            (triton.cdiv(width, REDUCE_COLUMNS), 2), (weight_grad, bias_grad, partial, programs),
+            {
+                "D": width, "BLOCK_P": REDUCE_ROWS, "BLOCK_D": REDUCE_COLUMNS, "WEIGHT": norm_weight is not None,
+                "BIAS": norm_bias is not None,
+            },
+            num_warps=4,
         )  # fmt: skip
     return grad_rows, weight_grad, bias_grad
 

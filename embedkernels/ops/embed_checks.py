@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +12,11 @@ from embedkernels.ops.arguments import checked_int, checked_number
 from embedkernels.ops.embedding_grad import check_ids_tensor
 from embedkernels.reference.sinusoids import LAYOUTS, MOST_POSITIONS
 
-if TYPE_CHECKING:
-    from embedkernels.kernels.embed import Inputs
-
 # Products with it should be normal numbers in float32.
 _LARGEST_SCALE, _SMALLEST_SCALE = 2.0**100, 2.0**-100
 
 NORMS = (None, "layer", "rms")
+_OP_NORMS = ("none", "layer", "rms")
 
 
 def check_call(
@@ -160,27 +157,24 @@ def checked_dropout(dropout_p: float) -> float:
     return dropout_p
 
 
-def kernel_inputs(
+def check_op(
     ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
-    zero_position: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, dropout_p: float, dropout_first: bool, seed: Tensor | None,
-    grad: Tensor | None = None,
-) -> Inputs:  # fmt: skip
-    """What the kernels read. Guards what addresses rest on: the ops can be called without ``embed``.
+    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None, type_ids: Tensor | None,
+    extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, dropout_p: float, seed: Tensor | None, grad: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What addresses in the kernels rest on, for the ops can be called without ``embed``.
 
     With ``grad``, for the backward pass: without a norm it reads no rows, and ``weight`` need not have any.
     """
-    from embedkernels.kernels.embed import MOST_ROWS, NORMS, Inputs
-
     if ids is not None:
         check_ids_tensor(ids, "embed")
         _check_device("ids", ids, weight)
         _checked_weight(weight)
     else:
         _check_rows("inputs_embeds", weight)
-    if norm not in NORMS:
-        raise ValueError(f"embed: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm not in _OP_NORMS:
+        raise ValueError(f"embed: norm must be one of {', '.join(_OP_NORMS)}, got {norm!r}")
     width = weight.shape[-1]
     shape = weight.shape[:-1] if ids is None else ids.shape
     if packed is not None:
@@ -190,9 +184,6 @@ def kernel_inputs(
         ids = position_weight = type_weight = extra = None
         sinusoids = "none"
     n, length = math.prod(shape), shape[-1] if shape else 1
-    most = max(n, 0 if packed is None else packed.numel())
-    if most > MOST_ROWS:
-        raise ValueError(f"embed: there are {most} rows, at most {MOST_ROWS} are supported")
     _check_table("position_weight", position_weight, weight)
     _check_table("type_weight", type_weight, weight)
     for name, given in (("position_ids", position_ids), ("type_ids", type_ids), ("mask", mask)):
@@ -218,21 +209,7 @@ def kernel_inputs(
     check_sinusoids(None if sinusoids == "none" else sinusoids, position_weight, width, None)
     check_norm_parameters(norm != "none", norm_weight, norm_bias, weight)
     check_seed(dropout_p, seed, weight)
-    return Inputs(
-        contiguous(ids), weight.reshape(-1, width).contiguous(), checked_scale(scale), contiguous(position_weight),
-        sinusoids, zero_position, contiguous(position_ids), position_start, length, contiguous(type_weight),
-        contiguous(type_ids), contiguous(extra), _factors(mask), contiguous(packed), norm, dropout_p, dropout_first,
-        seed,
-    )  # fmt: skip
-
-
-def _factors(mask: Tensor | None) -> Tensor | None:
-    """A mask as the kernels read it: bools as bytes, and in fp32 what they would not compute with."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        return mask.contiguous().view(torch.uint8)
-    return (mask.float() if mask.dtype == torch.float64 else mask).contiguous()
+    checked_scale(scale)
 
 
 def check_seed(dropout_p: float, seed: Tensor | None, weight: Tensor) -> None:
@@ -261,10 +238,6 @@ def check_saved(
         if there and (saved.dtype != torch.float32 or saved.numel() != n):
             raise ValueError(f"embed: {name} must be float32 ({n},), got {saved.dtype} {tuple(saved.shape)}")
         _check_device(name, saved, weight)
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _check_is_tensor(name: str, given: object) -> None:
