@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from embedkernels.kernels.ids import EMBED, report_bad_id
-from embedkernels.kernels.launch import Launcher
+from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.sinusoids import constants, sinusoid_rows
 from embedkernels.kernels.specs import CompileSpec
@@ -421,7 +421,7 @@ def tile(width: int, itemsize: int, norm: bool, backward: bool) -> Tile:
     """
     block = max(16, triton.next_power_of_2(width))
     if block > (WIDEST if norm else CHUNK):
-        return Tile(1 if norm or backward else 2, CHUNK, 4, triton.cdiv(width, CHUNK))
+        return Tile(1 if norm or backward else 2, CHUNK, 4, blocks(width, CHUNK))
     per_warp = 32 * (16 if backward else 32) // itemsize
     fewest_warps = 2 if backward else 4
     if block < fewest_warps * per_warp:
@@ -530,7 +530,7 @@ def embed_forward(
         torch.empty(n if there else 0, dtype=torch.float32, device=out.device)
         for there in (inputs.norm == "layer", norm)
     )
-    grid = (triton.cdiv(n, t.block_n), t.chunks)
+    grid = (blocks(n, t.block_n), t.chunks)
     sources, dropout = inputs.sources(), inputs.dropout()
     constexprs = {
         **inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
@@ -569,11 +569,11 @@ def embed_backward(
     device = grad.device
     norm = inputs.norm != "none"
     t = tile(width, inputs.weight.itemsize, norm, True)
-    tiles = triton.cdiv(n, t.block_n)
+    tiles = blocks(n, t.block_n)
     programs = tiles
     if need_norm:
         most = max(1, _multiprocessors(device) * WARPS_PER_SM // (t.num_warps * t.chunks))
-        programs = min(most, triton.cdiv(tiles, TILES_PER_PROGRAM))
+        programs = min(most, blocks(tiles, TILES_PER_PROGRAM))
     grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
     # What a variant does not use is some memory of the same type.
     partial = projection = mean
@@ -602,7 +602,7 @@ def embed_backward(
     )
     if need_norm:
         _launch_bwd_reduce(
-            (triton.cdiv(width, REDUCE_COLUMNS), 2), (weight_grad, bias_grad, partial, programs),
+            (blocks(width, REDUCE_COLUMNS), 2), (weight_grad, bias_grad, partial, programs),
             {
                 "D": width, "BLOCK_P": REDUCE_ROWS, "BLOCK_D": REDUCE_COLUMNS, "WEIGHT": norm_weight is not None,
                 "BIAS": norm_bias is not None,
