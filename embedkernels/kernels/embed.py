@@ -402,6 +402,9 @@ _launch_stats, _launch_fwd, _launch_projection, _launch_bwd, _launch_bwd_reduce 
 )  # fmt: skip
 
 
+_keep_scale = functools.cache(keep_scale)
+
+
 @dataclass(frozen=True)
 class Tile:
     """How rows are cut: rows and columns of a tile, warps, and whether a row takes several tiles."""
@@ -470,50 +473,52 @@ class Inputs(NamedTuple):
 
     def sources(self) -> tuple[Any, ...]:
         """The kernels' arguments from ``ids_ptr`` to ``places``; ``weight`` stands in for what is not there."""
-        nothing = self.weight
-        position_weight, position_rows = nothing, 0
-        if self.position_weight is not None:
-            position_weight, position_rows = self.position_weight, self.position_weight.shape[0]
-        elif self.sinusoids != "none":
-            position_weight = constants(nothing.shape[1], self.sinusoids, nothing.device)
+        ids, weight, position_weight, position_ids = self.ids, self.weight, self.position_weight, self.position_ids
+        type_weight, type_ids, extra, packed = self.type_weight, self.type_ids, self.extra, self.packed
+        token_rows = len(weight)
+        position_rows = 0
+        if position_weight is not None:
+            position_rows = len(position_weight)
+        elif self.sinusoids == "none":
+            position_weight = weight
+        else:
+            position_weight = constants(weight.shape[1], self.sinusoids, weight.device)
             position_rows = self.zero_position
-        type_weight = nothing if self.type_weight is None else self.type_weight
-        extra = nothing if self.extra is None else self.extra
         return (
-            nothing if self.ids is None else self.ids, self.weight, self.weight.shape[0],
-            nothing if self.position_ids is None else self.position_ids, position_weight, position_rows,
-            self.position_start, self.length if self.position_ids is None else self.position_ids.numel(),
-            nothing if self.type_ids is None else self.type_ids, type_weight, type_weight.shape[0],
-            1 if self.type_ids is None else self.type_ids.numel(), extra, extra.shape[0], self.scale,
-            nothing if self.packed is None else self.packed,
-            nothing.shape[0] if self.ids is None else self.ids.numel(),
+            weight if ids is None else ids, weight, token_rows,
+            weight if position_ids is None else position_ids, position_weight, position_rows, self.position_start,
+            self.length if position_ids is None else position_ids.numel(),
+            weight if type_ids is None else type_ids, weight if type_weight is None else type_weight,
+            token_rows if type_weight is None else len(type_weight), 1 if type_ids is None else type_ids.numel(),
+            weight if extra is None else extra, token_rows if extra is None else len(extra), self.scale,
+            weight if packed is None else packed, token_rows if ids is None else ids.numel(),
         )  # fmt: skip
 
     def dropout(self) -> tuple[Any, ...]:
         """The kernels' arguments ``seed_ptr``, ``p`` and ``scale``."""
-        return self.weight if self.seed is None else self.seed, self.dropout_p, keep_scale(self.dropout_p)
+        return self.weight if self.seed is None else self.seed, self.dropout_p, _keep_scale(self.dropout_p)
 
     def masked(self) -> tuple[Any, ...]:
         """The kernels' arguments ``mask_ptr`` and ``mask_period``."""
         return (self.weight, 1) if self.mask is None else (self.mask, self.mask.numel())
 
-    def flags(self) -> dict[str, Any]:
+    def flags(self, width: int) -> dict[str, Any]:
         """The constexprs that every kernel but the last has."""
-
-        def kind(there: bool, ids: Tensor | None) -> int:
-            return 0 if not there else 1 if ids is None else 2
-
+        sinusoids = self.sinusoids
         return {
-            "D": self.weight.shape[1],
+            "D": width,
             "GIVEN": self.ids is None,
             "SCALE": self.scale != 1.0,
-            "POSITION": kind(self.position_weight is not None or self.sinusoids != "none", self.position_ids),
-            "SINUSOIDS": {"none": 0, "fairseq": 2}.get(self.sinusoids, 1),
-            "TYPE": kind(self.type_weight is not None, self.type_ids),
+            "POSITION": (
+                0 if self.position_weight is None and sinusoids == "none" else 1 if self.position_ids is None else 2
+            ),
+            "SINUSOIDS": 0 if sinusoids == "none" else 2 if sinusoids == "fairseq" else 1,
+            "TYPE": 0 if self.type_weight is None else 1 if self.type_ids is None else 2,
             "EXTRA": self.extra is not None,
             "PACKED": self.packed is not None,
             "NORM": NORMS.index(self.norm),
             "DROPOUT": 0 if self.dropout_p == 0.0 else 2 if self.dropout_first else 1,
+            "MASK": self.mask is not None,
         }
 
 
@@ -526,15 +531,13 @@ def embed_forward(
     n = out.numel() // width
     norm = inputs.norm != "none"
     t = tile(width, inputs.weight.itemsize, norm, False)
-    mean, rstd = (
-        torch.empty(n if there else 0, dtype=torch.float32, device=out.device)
-        for there in (inputs.norm == "layer", norm)
-    )
+    mean = torch.empty(n if inputs.norm == "layer" else 0, dtype=torch.float32, device=out.device)
+    rstd = torch.empty(n if norm else 0, dtype=torch.float32, device=out.device)
     grid = (blocks(n, t.block_n), t.chunks)
     sources, dropout = inputs.sources(), inputs.dropout()
     constexprs = {
-        **inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
-        "BIAS": norm_bias is not None, "MASK": inputs.mask is not None, "WIDE": t.chunks > 1,
+        **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+        "BIAS": norm_bias is not None, "WIDE": t.chunks > 1,
     }  # fmt: skip
     if norm and t.chunks > 1:
         _launch_stats(
@@ -587,8 +590,8 @@ def embed_backward(
         *inputs.dropout(), *inputs.masked(),
     )  # fmt: skip
     constexprs = {
-        **inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
-        "MASK": inputs.mask is not None, "WIDE": t.chunks > 1, "NEED_ROWS": need_rows, "NEED_NORM": need_norm,
+        **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+        "WIDE": t.chunks > 1, "NEED_ROWS": need_rows, "NEED_NORM": need_norm,
     }  # fmt: skip
     if projected:
         _launch_projection((tiles,), (projection, *shared), constexprs, num_warps=t.num_warps, num_stages=1)
@@ -596,10 +599,10 @@ def embed_backward(
         (programs, t.chunks), (grad_rows, partial, projection, *shared, row_scale), constexprs,
         num_warps=t.num_warps, num_stages=1,
     )  # fmt: skip
-    weight_grad, bias_grad = (
+    weight_grad, bias_grad = [
         p.new_empty(p.shape) if need_norm and p is not None else inputs.weight.new_empty(0)
         for p in (norm_weight, norm_bias)
-    )
+    ]
     if need_norm:
         _launch_bwd_reduce(
             (blocks(width, REDUCE_COLUMNS), 2), (weight_grad, bias_grad, partial, programs),

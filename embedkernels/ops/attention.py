@@ -23,7 +23,7 @@ from embedkernels.ops.attention_checks import (
     checked_values,
 )
 from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
-from embedkernels.ops.eager import any_requires_grad, is_eager, shown_as
+from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.layout import empty_in_order_of
 from embedkernels.reference import attention as reference
 
@@ -152,7 +152,7 @@ def attention(
     if not is_eager(*given[:6]):
         out: Tensor = torch.ops.embedkernels.attention_forward(*given)[0]
     elif any_requires_grad(query, key, value):
-        out = Attention.apply(*given)
+        out = apply(Attention, *given)
     else:
         out = _forward(*given)[0]
     return out

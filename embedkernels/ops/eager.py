@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 from torch.nn.parameter import Buffer, Parameter
 from torch.profiler import record_function
 
@@ -22,16 +23,18 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """True where an op may call its implementation without the dispatcher, which takes longer than small kernels.
 
     False while torch.compile, torch.export, ``make_fx`` or ``torch.jit.trace`` traces, within transforms of
-    ``torch.func``, under modes that want to see every op or function, for subclasses of Tensor (DTensor, fake
-    tensors), and for tensors whose memory does not hold their values as they are (sparse layouts, views that are
-    negated when they are read).
+    ``torch.func`` and levels of forward-mode AD, under modes that want to see every op or function, for subclasses of
+    Tensor (DTensor, fake tensors), and for tensors whose memory does not hold their values as they are (sparse
+    layouts, views that are negated when they are read).
     """
     # First what torch.compile takes for a constant: it cannot trace the others.
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._get_tracing_state() is not None:
         return False
     keys = torch._C._dispatch_keys
     for x in tensors:
@@ -59,6 +62,11 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply`` without its care for the transforms of ``torch.func``, which eager mode excludes."""
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def shown_as(name: str) -> Callable[[_Function], _Function]:

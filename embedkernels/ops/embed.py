@@ -136,12 +136,17 @@ def embed(
     in_kernels = rows.dtype in _KERNEL_DTYPES
     if backend == "triton" and not in_kernels:
         raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {rows.dtype}")
+    eager = is_eager(
+        ids, rows, position_weight, position_ids, type_weight, type_ids, extra, norm_weight, norm_bias, mask, packed
+    )
     id_errors.begin(rows.device)
-    look_up: Callable[..., Tensor] = functools.partial(lookup, backend=backend)
     chosen = choose("embed", rows.device, backend).backend if in_kernels else "torch"
-    if needs_stock_autograd(rows, position_weight, type_weight, extra, norm_weight, norm_bias, mask):
+    stock = not eager and needs_stock_autograd(
+        rows, position_weight, type_weight, extra, norm_weight, norm_bias, mask
+    )
+    if stock:
         check_stock_autograd("embed", rows.device, backend)
-        look_up, chosen = stock_lookup, "torch"
+        chosen = "torch"
     if chosen == "torch":
         if sinusoids is not None and position_ids is not None and packed is None:
             position_ids = _checked(position_ids, MOST_POSITIONS, "position")
@@ -155,11 +160,12 @@ def embed(
                 if given is not None:
                     _checked(at_places(given.expand(shape), packed, math.prod(shape)), count, name)
         return _composed(
-            look_up, ids, weight, inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight,
-            sinusoids=sinusoids, position_ids=position_ids, position_start=position_start, type_weight=type_weight,
-            type_ids=type_ids, extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight,
-            norm_bias=norm_bias, norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask,
-            packed=packed, padding_idx=padding if padding >= 0 else None,
+            stock_lookup if stock else functools.partial(lookup, backend=backend), ids, weight,
+            inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight, sinusoids=sinusoids,
+            position_ids=position_ids, position_start=position_start, type_weight=type_weight, type_ids=type_ids,
+            extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
+            norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask, packed=packed,
+            padding_idx=padding if padding >= 0 else None,
             position_padding_idx=position_padding if position_padding >= 0 else None,
         )  # fmt: skip
     if sinusoids is not None:
@@ -176,7 +182,7 @@ def embed(
     )  # fmt: skip
     indices = Indices(ids, _flat(position_ids, shape), _flat(type_ids, shape), _flat(mask, shape), packed, seed)
     parts = Parts(rows, position_weight, type_weight, extra, norm_weight, norm_bias)
-    if is_eager(*indices, *parts):
+    if eager:
         return autograd.embed(settings, indices, parts)
     out: Tensor = torch.ops.embedkernels.embed_forward(
         None if ids is None else ids.contiguous(), rows, scale, position_weight, settings.sinusoids, position_padding,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embedkernels.ops import embed_launch as launch
 from embedkernels.ops import embedding_grad as _grad  # also defines torch.ops.embedkernels.embedding_backward
-from embedkernels.ops.eager import any_requires_grad, is_eager, shown_as
+from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.embed_launch import Indices, Parts, Settings
 
 # The arguments of embed_forward that may get a gradient, of the 22 it has.
@@ -29,7 +29,7 @@ _backward = shown_as("embedkernels::embed_backward")(launch.backward)
 def embed(settings: Settings, indices: Indices, parts: Parts) -> Tensor:
     """y in eager mode."""
     if any_requires_grad(*parts):
-        out: Tensor = Embed.apply(settings, indices, *parts)
+        out: Tensor = apply(Embed, settings, indices, *parts)
         return out
     return _forward(settings, indices, parts)[0]
 

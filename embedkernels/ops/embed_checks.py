@@ -39,15 +39,23 @@ def check_call(
         assert ids is not None
         _check_device("ids", ids, rows)
         shape = ids.shape
-    _check_table("position_weight", position_weight, rows)
-    _check_table("type_weight", type_weight, rows)
-    check_sinusoids(sinusoids, position_weight, rows.shape[-1], position_padding_idx)
+    # Of tables and ids that are as they mostly are, nothing is asked twice.
+    length, width = shape[-1] if shape else 1, rows.shape[-1:]
+    if position_weight is not None and not _fits(position_weight, width, rows):
+        _check_table("position_weight", position_weight, rows)
+    if type_weight is not None and not _fits(type_weight, width, rows):
+        _check_table("type_weight", type_weight, rows)
+    if sinusoids is not None:
+        check_sinusoids(sinusoids, position_weight, rows.shape[-1], position_padding_idx)
     count = position_rows(position_weight, sinusoids)
-    _check_more_ids("position_ids", position_ids, shape, rows, "position_weight" if count is None else None)
-    _check_more_ids("type_ids", type_ids, shape, rows, "type_weight" if type_weight is None else None)
-    position_start = checked_int(position_start, "position_start", "embed")
-    _check_start(count is not None, position_ids, position_start)
-    length = shape[-1] if shape else 1
+    if position_ids is not None:
+        _check_more_ids("position_ids", position_ids, shape, rows, "position_weight" if count is None else None)
+    if type_ids is not None:
+        _check_more_ids("type_ids", type_ids, shape, rows, "type_weight" if type_weight is None else None)
+    if type(position_start) is not int:
+        position_start = checked_int(position_start, "position_start", "embed")
+    if position_start != 0:
+        _check_start(count is not None, position_ids, position_start)
     check_implicit_ids(length, count, position_ids, position_start, type_weight, type_ids)
     if extra is not None:
         _check_broadcast("extra", extra, (*shape, rows.shape[-1]), rows)
@@ -67,11 +75,22 @@ def check_call(
             raise ValueError("embed: mask and packed are both given: rows that are packed are not masked")
     if norm not in NORMS:
         raise ValueError(f"embed: norm must be None, 'layer' or 'rms', got {norm!r}")
-    check_norm_parameters(norm is not None, norm_weight, norm_bias, rows)
+    if norm_weight is not None or norm_bias is not None:
+        check_norm_parameters(norm is not None, norm_weight, norm_bias, rows)
     norm_eps = checked_number(norm_eps, "norm_eps", "embed")
     if not 0.0 <= norm_eps < math.inf:
         raise ValueError(f"embed: norm_eps must be finite and not negative, got {norm_eps}")
     return checked_scale(scale), position_start, norm_eps, checked_dropout(dropout_p)
+
+
+def _fits(table: Tensor, columns: torch.Size, rows: Tensor) -> bool:
+    """Whether ``table`` is 2-D with these columns, of the dtype and on the device of ``rows``."""
+    return (
+        isinstance(table, Tensor)
+        and table.shape[1:] == columns
+        and table.dtype == rows.dtype
+        and table.device == rows.device
+    )
 
 
 def check_sinusoids(
@@ -132,8 +151,12 @@ def check_implicit_ids(
 
 def check_norm_parameters(norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> None:
     """The kernels read D elements of each, in one dtype."""
+    columns = weight.shape[-1:]
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if parameter is None:
+            continue
+        if norm and isinstance(parameter, Tensor) and parameter.shape == columns and parameter.dtype == weight.dtype:
+            _check_device(name, parameter, weight)
             continue
         _check_is_tensor(name, parameter)
         if not norm:
@@ -290,7 +313,8 @@ def _check_more_ids(name: str, given: Tensor | None, shape: torch.Size, rows: Te
         raise ValueError(f"embed: {name} is given, but {missing} is None")
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"embed: {name} must be int32 or int64, got {given.dtype}")
-    _check_broadcast(name, given, shape, rows)
+    if given.shape != shape or given.device != rows.device:
+        _check_broadcast(name, given, shape, rows)
 
 
 def _check_broadcast(name: str, given: Tensor, shape: Sequence[int], rows: Tensor) -> None:

@@ -143,15 +143,18 @@ def _inputs(settings: Settings, indices: Indices, parts: Parts, shape: Sequence[
     """What the kernels read, for ids (or rows without ids) of ``shape``."""
     from embedkernels.kernels.embed import Inputs
 
-    weight = parts.weight
+    ids, position_ids, type_ids, mask, packed, seed = indices
+    weight, position_weight, type_weight, extra, _, _ = parts
     if weight.dim() != 2:
         weight = weight.reshape(-1, weight.shape[-1])
+    given = (ids, weight, position_weight, position_ids, type_weight, type_ids, extra, packed)
+    ids, weight, position_weight, position_ids, type_weight, type_ids, extra, packed = [  # type: ignore[assignment]
+        x if x is None or x.is_contiguous() else x.contiguous() for x in given
+    ]
     return Inputs(
-        contiguous(indices.ids), weight if weight.is_contiguous() else weight.contiguous(), settings.scale,
-        contiguous(parts.position_weight), settings.sinusoids, settings.position_padding_idx,
-        contiguous(indices.position_ids), settings.position_start, shape[-1] if len(shape) else 1,
-        contiguous(parts.type_weight), contiguous(indices.type_ids), contiguous(parts.extra), _factors(indices.mask),
-        contiguous(indices.packed), settings.norm, settings.dropout_p, settings.dropout_first, indices.seed,
+        ids, weight, settings.scale, position_weight, settings.sinusoids, settings.position_padding_idx, position_ids,
+        settings.position_start, shape[-1] if len(shape) else 1, type_weight, type_ids, extra, _factors(mask), packed,
+        settings.norm, settings.dropout_p, settings.dropout_first, seed,
     )  # fmt: skip
 
 

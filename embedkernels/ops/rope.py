@@ -10,7 +10,7 @@ from torch import Tensor
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.arguments import checked_int
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
-from embedkernels.ops.eager import any_requires_grad, is_eager, shown_as
+from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.layout import empty_in_order_of
 from embedkernels.reference import rope as reference
 
@@ -186,7 +186,7 @@ def _turn(query: Tensor, key: Tensor | None, *settings: Any) -> tuple[Tensor, Te
     if not is_eager(query, key, *settings[:2]):
         out: tuple[Tensor, Tensor] = torch.ops.embedkernels.rope(query, key, *settings)
     elif any_requires_grad(query, key):
-        out = Rope.apply(query, key, *settings)
+        out = apply(Rope, query, key, *settings)
     else:
         out = _launch_shown(query, key, *settings)
     return out
