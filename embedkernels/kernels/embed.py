@@ -450,6 +450,7 @@ class Inputs(NamedTuple):
         packed: int32 or int64 (M,), the places among the N of the rows to make, or None for all.
         norm: ``"none"``, ``"layer"`` or ``"rms"``.
         dropout_p, dropout_first, seed: dropout and whether it comes before the norm; its seed.
+        memo: what launches found out before for inputs of the same shapes, dtypes, device and settings, or None.
     """
 
     ids: Tensor | None
@@ -470,6 +471,7 @@ class Inputs(NamedTuple):
     dropout_p: float
     dropout_first: bool
     seed: Tensor | None
+    memo: dict[Any, Any] | None = None
 
     def sources(self) -> tuple[Any, ...]:
         """The kernels' arguments from ``ids_ptr`` to ``places``; ``weight`` stands in for what is not there."""
@@ -501,6 +503,16 @@ class Inputs(NamedTuple):
     def masked(self) -> tuple[Any, ...]:
         """The kernels' arguments ``mask_ptr`` and ``mask_period``."""
         return (self.weight, 1) if self.mask is None else (self.mask, self.mask.numel())
+
+    def known(self, what: Any, t: Tile) -> Any:
+        """What was remembered with the same tile, or None."""
+        found = None if self.memo is None else self.memo.get(what)
+        return found[1] if found is not None and found[0] is t else None
+
+    def remember(self, what: Any, t: Tile, found: Any) -> None:
+        """For :meth:`known`."""
+        if self.memo is not None:
+            self.memo[what] = t, found
 
     def flags(self, width: int) -> dict[str, Any]:
         """The constexprs that every kernel but the last has."""
@@ -535,20 +547,25 @@ def embed_forward(
     rstd = torch.empty(n if norm else 0, dtype=torch.float32, device=out.device)
     grid = (blocks(n, t.block_n), t.chunks)
     sources, dropout = inputs.sources(), inputs.dropout()
-    constexprs = {
-        **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
-        "BIAS": norm_bias is not None, "WIDE": t.chunks > 1,
-    }  # fmt: skip
-    if norm and t.chunks > 1:
-        _launch_stats(
-            grid[:1], (mean, rstd, *sources, n, eps, *dropout), constexprs, num_warps=t.num_warps, num_stages=1
-        )
     arguments = (
         out, mean, rstd, *sources, n,
         inputs.weight if norm_weight is None else norm_weight, inputs.weight if norm_bias is None else norm_bias,
         eps, *dropout, *inputs.masked(), *errors,
     )  # fmt: skip
-    _launch_fwd(grid, arguments, constexprs, num_warps=t.num_warps, num_stages=1)
+    known = inputs.known("forward", t)
+    if known is None:
+        constexprs = {
+            **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+            "BIAS": norm_bias is not None, "WIDE": t.chunks > 1,
+        }  # fmt: skip
+        known = constexprs, _launch_fwd.find(arguments, constexprs, num_warps=t.num_warps, num_stages=1)
+        inputs.remember("forward", t, known)
+    constexprs, launch = known
+    if norm and t.chunks > 1:
+        _launch_stats(
+            grid[:1], (mean, rstd, *sources, n, eps, *dropout), constexprs, num_warps=t.num_warps, num_stages=1
+        )
+    launch(grid, arguments)
     return mean, rstd
 
 
@@ -589,16 +606,17 @@ def embed_backward(
         grad, mean, rstd, *inputs.sources(), n, inputs.weight if norm_weight is None else norm_weight,
         *inputs.dropout(), *inputs.masked(),
     )  # fmt: skip
-    constexprs = {
-        **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
-        "WIDE": t.chunks > 1, "NEED_ROWS": need_rows, "NEED_NORM": need_norm,
-    }  # fmt: skip
+    arguments = (grad_rows, partial, projection, *shared, row_scale)
+    constexprs = inputs.known((need_rows, need_norm), t)
+    if constexprs is None:
+        constexprs = {
+            **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+            "WIDE": t.chunks > 1, "NEED_ROWS": need_rows, "NEED_NORM": need_norm,
+        }  # fmt: skip
+        inputs.remember((need_rows, need_norm), t, constexprs)
     if projected:
         _launch_projection((tiles,), (projection, *shared), constexprs, num_warps=t.num_warps, num_stages=1)
-    _launch_bwd(
-        (programs, t.chunks), (grad_rows, partial, projection, *shared, row_scale), constexprs,
-        num_warps=t.num_warps, num_stages=1,
-    )  # fmt: skip
+    _launch_bwd((programs, t.chunks), arguments, constexprs, num_warps=t.num_warps, num_stages=1)
     weight_grad, bias_grad = [
         p.new_empty(p.shape) if need_norm and p is not None else inputs.weight.new_empty(0)
         for p in (norm_weight, norm_bias)

@@ -21,6 +21,44 @@ _INT32 = range(-(2**31), 2**31)
 _dtype_of = attrgetter("dtype")
 
 
+class Launch:
+    """Launches of one compilation of a kernel: arguments differ in their values, not in what Triton specialises on.
+
+    That is, beside constexprs and options: every pointer's dtype, the device, and the numbers that are specialised.
+    """
+
+    def __init__(self, launcher: Launcher, constants: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._kernel, self._pointers = launcher.kernel, launcher.pointers
+        self._constants, self._options = constants, options
+        self._compiled: Any = None
+
+    def __call__(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Launch on the device of the first pointer.
+
+        Args:
+            grid: programs, along one to three axes.
+            arguments: tensors and numbers in the kernel's order, all but the constexprs.
+        """
+        if self._pointers is not None:
+            pointers = self._pointers(arguments)
+            device = pointers[0].get_device()
+            if device >= 0 and device != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    self(grid, arguments)
+                return
+            addresses = 0
+            for address in map(Tensor.data_ptr, pointers):
+                addresses |= address
+            # Others than multiples of 16 have compilations of their own, which Triton finds.
+            if addresses & 15 == 0 and not self._kernel.pre_run_hooks:
+                if self._compiled is None:
+                    self._compiled = self._kernel[grid](*arguments, *self._constants, **self._options)
+                else:
+                    self._compiled[(*grid, 1, 1)[:3]](*arguments, *self._constants)
+                return
+        self._kernel[grid](*arguments, *self._constants, **self._options)
+
+
 class Launcher:
     """Launches ``kernel``, a ``@triton.jit`` function whose constexprs stand behind its other arguments.
 
@@ -30,15 +68,15 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._compiled: dict[tuple[Any, ...], Any] = {}
-        self._jitted = isinstance(kernel, triton.JITFunction)  # else it is interpreted
-        if not self._jitted:
+        self.pointers: Any = None  # of the arguments; None where kernels are interpreted
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+        if not isinstance(kernel, triton.JITFunction):
             return
         plain = [p for p in kernel.params if not p.is_constexpr]
         if [p.num for p in plain] != list(range(len(plain))):
             raise ValueError(f"{kernel.__name__}: constexprs must stand behind all other arguments")
         numbers = [p for p in plain if not p.name.endswith("_ptr")]
-        self._pointers = _elements([p.num for p in plain if p.name.endswith("_ptr")])
+        self.pointers = _elements([p.num for p in plain if p.name.endswith("_ptr")])
         self._numbers = _elements([p.num for p in numbers])
         # Compiled for where they are 1 or multiples of 16: their values belong to the key.
         self._specialized = _elements([p.num for p in numbers if not p.do_not_specialize])
@@ -46,43 +84,31 @@ class Launcher:
     def __call__(
         self, grid: tuple[int, ...], arguments: tuple[Any, ...], constexprs: Mapping[str, Any], **options: Any
     ) -> None:
-        """Launch on the device of the first pointer.
+        """Launch, see :class:`Launch`; ``constexprs`` and ``options`` as for :meth:`find`."""
+        self.find(arguments, constexprs, **options)(grid, arguments)
+
+    def find(self, arguments: tuple[Any, ...], constexprs: Mapping[str, Any], **options: Any) -> Launch:
+        """The launch for such arguments.
 
         Args:
-            grid: programs, along one to three axes.
             arguments: tensors and numbers in the kernel's order, all but the constexprs.
             constexprs: by name; those that the kernel lacks are left out.
             options: num_warps, num_stages and the like.
         """
         constants = tuple([constexprs[name] for name in self.kernel.arg_names[len(arguments) :]])
-        if not self._jitted:
-            self.kernel[grid](*arguments, *constants, **options)
-            return
-        pointers = self._pointers(arguments)
-        device = pointers[0].get_device()
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self(grid, arguments, constexprs, **options)
-            return
-        addresses = 0
-        for address in map(Tensor.data_ptr, pointers):
-            addresses |= address
-        numbers = self._numbers(arguments)
-        # Addresses that are no multiples of 16 and integers of 64 bits are Triton's business.
-        if addresses & 15 or not _fit(numbers) or self.kernel.pre_run_hooks:
-            self.kernel[grid](*arguments, *constants, **options)
-            return
+        if self.pointers is None:
+            return Launch(self, constants, options)
+        pointers, numbers = self.pointers(arguments), self._numbers(arguments)
         key = (
-            device, constants, *map(_dtype_of, pointers), *map(type, numbers), self._specialized(arguments),
-            *options.items(),
+            pointers[0].get_device(), constants, *map(_dtype_of, pointers), *map(type, numbers),
+            self._specialized(arguments), _wide(numbers), *options.items(),
         )  # fmt: skip
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
-            return
-        if len(self._compiled) >= _MOST_ENTRIES:
-            self._compiled.clear()
-        self._compiled[key] = self.kernel[grid](*arguments, *constants, **options)
+        launch = self._launches.get(key)
+        if launch is None:
+            if len(self._launches) >= _MOST_ENTRIES:
+                self._launches.clear()
+            launch = self._launches[key] = Launch(self, constants, options)
+        return launch
 
 
 def blocks(size: int, block: int) -> int:
@@ -97,8 +123,8 @@ def _elements(places: list[int]) -> Any:
     return lambda arguments: tuple(arguments[place] for place in places)
 
 
-def _fit(numbers: tuple[float, ...]) -> bool:
-    """Whether all integers among them are 32-bit ones."""
+def _wide(numbers: tuple[float, ...]) -> tuple[int, ...]:
+    """The places of the integers that do not fit into 32 bits: they are passed in 64."""
     if not numbers or (max(numbers) < _INT32.stop and min(numbers) >= _INT32.start):
-        return True
-    return all(number in _INT32 for number in numbers if isinstance(number, int))
+        return ()
+    return tuple(place for place, x in enumerate(numbers) if isinstance(x, int) and x not in _INT32)

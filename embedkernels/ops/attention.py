@@ -206,12 +206,18 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return _too_old(query.device) if query.device.type == "cuda" and torch.version.hip is None else None
 
 
+_problems_of_devices: dict[torch.device, str | None] = {}
+
+
 @torch.compiler.assume_constant_result
 def _too_old(device: torch.device) -> str | None:
-    if (device.index or 0) >= torch.cuda.device_count():  # fake tensors claim devices that are not there
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    if device not in _problems_of_devices:
+        problem = None
+        if (device.index or 0) < torch.cuda.device_count():  # fake tensors claim devices that are not there
+            major, minor = torch.cuda.get_device_capability(device)
+            problem = None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+        _problems_of_devices[device] = problem
+    return _problems_of_devices[device]
 
 
 _warned: set[str] = set()
@@ -383,7 +389,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
     # What is to be differentiated again is recorded as an op.
     direct = is_eager(grad, *saved) and not torch.is_grad_enabled()
-    call = _launch_backward if direct else torch.ops.embedkernels.attention_backward
+    call: Any = _launch_backward if direct else torch.ops.embedkernels.attention_backward
     dq, dk, dv = call(grad, *saved, *ctx.settings, needs_query, needs_key or needs_value)
     return dq if needs_query else None, dk if needs_key else None, dv if needs_value else None, *nothing
 
@@ -398,7 +404,7 @@ class Attention(torch.autograd.Function):
     """The op on plain tensors, as autograd records it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         out, lse = _forward(*inputs)
         query, key, value, bounds, key_mask, seed, *ctx.settings = inputs
         ctx.set_materialize_grads(False)

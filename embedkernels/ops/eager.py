@@ -27,14 +27,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     Tensor (DTensor, fake tensors), and for tensors whose memory does not hold their values as they are (sparse
     layouts, views that are negated when they are read).
     """
-    # First what torch.compile takes for a constant: it cannot trace the others.
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._get_tracing_state() is not None:
+    if _watched():
         return False
     keys = torch._C._dispatch_keys
     for x in tensors:
@@ -43,6 +36,36 @@ def is_eager(*tensors: Tensor | None) -> bool:
         if type(x) not in _PLAIN or (keys(x).raw_repr() not in _plain_keys and not _has_plain_keys(x)):
             return False
     return True
+
+
+def signature(*tensors: Tensor | None) -> tuple[Any, ...] | None:
+    """Shapes, dtypes and devices of contiguous tensors in eager mode; None if they are not, or the mode is not."""
+    if _watched():
+        return None
+    keys = torch._C._dispatch_keys
+    found: list[Any] = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+            continue
+        if type(x) not in _PLAIN or (keys(x).raw_repr() not in _plain_keys and not _has_plain_keys(x)):
+            return None
+        if not x.is_contiguous():
+            return None
+        found += (x.shape, x.dtype, x.get_device())
+    return tuple(found)
+
+
+def _watched() -> bool:
+    """Whether something traces, transforms or looks at what is called."""
+    # First what torch.compile takes for a constant: it cannot trace the others.
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._get_tracing_state() is not None
 
 
 def _has_plain_keys(x: Tensor) -> bool:
@@ -75,7 +98,7 @@ def shown_as(name: str) -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         @functools.wraps(function)
         def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            if not torch.autograd._profiler_enabled():
+            if not torch._C._autograd._profiler_enabled():
                 return function(*args, **kwargs)
             with record_function(name):
                 return function(*args, **kwargs)

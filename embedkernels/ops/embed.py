@@ -14,9 +14,9 @@ from embedkernels.ops import embed_autograd as autograd
 from embedkernels.ops import embed_library as _library  # noqa: F401  (defines torch.ops.embedkernels.embed_forward)
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
-from embedkernels.ops.eager import is_eager
+from embedkernels.ops.eager import is_eager, signature
 from embedkernels.ops.embed_checks import check_call, position_rows
-from embedkernels.ops.embed_launch import Indices, Parts, Settings, at_places
+from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings, at_places
 from embedkernels.ops.embedding import lookup, stock_lookup
 from embedkernels.ops.embedding_grad import normalized_padding
 from embedkernels.reference import embed as reference
@@ -118,6 +118,23 @@ def embed(
         torch.Size([2, 5, 8])
     """
     rows = weight if inputs_embeds is None else inputs_embeds
+    key = kind = None
+    if extra is None and mask is None:
+        key = _key(
+            (ids, weight, inputs_embeds, position_weight, position_ids, type_weight, type_ids, norm_weight, norm_bias,
+             packed),
+            (scale, sinusoids, position_start, norm, norm_eps, dropout_p, dropout_first, padding_idx,
+             position_padding_idx, backend),
+        )  # fmt: skip
+        kind = None if key is None else _kinds.get(key)
+    if kind is not None:
+        assert rows is not None
+        device = rows.device
+        id_errors.begin(device)
+        if choose("embed", device, backend).backend == "triton":
+            indices = Indices(ids, position_ids, type_ids, None, packed, _drawn_seed(kind.settings.dropout_p, device))
+            parts = Parts(rows, position_weight, type_weight, None, norm_weight, norm_bias)
+            return autograd.embed(kind, indices, parts)
     numbers = check_call(
         ids, weight, inputs_embeds, scale, position_weight, sinusoids, position_padding_idx, position_ids,
         position_start, type_weight, type_ids, extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask, packed,
@@ -136,7 +153,7 @@ def embed(
     in_kernels = rows.dtype in _KERNEL_DTYPES
     if backend == "triton" and not in_kernels:
         raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {rows.dtype}")
-    eager = is_eager(
+    eager = key is not None or is_eager(
         ids, rows, position_weight, position_ids, type_weight, type_ids, extra, norm_weight, norm_bias, mask, packed
     )
     id_errors.begin(rows.device)
@@ -170,9 +187,7 @@ def embed(
         )  # fmt: skip
     if sinusoids is not None:
         _prepare_sinusoids(rows.shape[-1], sinusoids, rows.device)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=rows.device)
+    seed = _drawn_seed(dropout_p, rows.device)
     if extra is not None:
         extra = _flat(extra, (*shape, rows.shape[-1]), 1)
     settings = Settings(
@@ -183,7 +198,13 @@ def embed(
     indices = Indices(ids, _flat(position_ids, shape), _flat(type_ids, shape), _flat(mask, shape), packed, seed)
     parts = Parts(rows, position_weight, type_weight, extra, norm_weight, norm_bias)
     if eager:
-        return autograd.embed(settings, indices, parts)
+        as_given = indices.position_ids is position_ids and indices.type_ids is type_ids
+        kind = Kind(settings, parts, contiguous=key is not None and as_given)
+        if kind.contiguous:
+            if len(_kinds) >= _MOST_KINDS:
+                _kinds.clear()
+            _kinds[key] = kind
+        return autograd.embed(kind, indices, parts)
     out: Tensor = torch.ops.embedkernels.embed_forward(
         None if ids is None else ids.contiguous(), rows, scale, position_weight, settings.sinusoids, position_padding,
         indices.position_ids, position_start, type_weight, indices.type_ids, extra, indices.mask, packed,
@@ -191,6 +212,29 @@ def embed(
         padding,
     )[0]  # fmt: skip
     return out
+
+
+# Calls that have passed the checks, by all that these look at: calls of one kind are not checked again.
+_kinds: dict[Any, Kind] = {}
+_MOST_KINDS = 1024
+
+
+def _key(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What tells kinds of calls apart in eager mode, None where a call is to be checked."""
+    shapes = signature(*tensors)
+    if shapes is None or not _OPTION_TYPES.issuperset(types := tuple(map(type, options))):
+        return None
+    # Types count, for 1 == 1.0 and no one's number of a row may be 1.0; autocast has a say in the dtype of a norm.
+    return shapes, types, options, torch.is_autocast_enabled("cuda")
+
+
+_OPTION_TYPES = frozenset((int, float, bool, str, type(None)))
+
+
+def _drawn_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    if dropout_p > 0.0:
+        return torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=device)
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -16,7 +16,7 @@ from torch import Tensor
 from embedkernels.ops import embed_launch as launch
 from embedkernels.ops import embedding_grad as _grad  # also defines torch.ops.embedkernels.embedding_backward
 from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
-from embedkernels.ops.embed_launch import Indices, Parts, Settings
+from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings
 
 # The arguments of embed_forward that may get a gradient, of the 22 it has.
 _PLACES = {"weight": 1, "position_weight": 3, "type_weight": 8, "extra": 10, "norm_weight": 14, "norm_bias": 15}
@@ -26,26 +26,26 @@ _forward = shown_as("embedkernels::embed_forward")(launch.forward)
 _backward = shown_as("embedkernels::embed_backward")(launch.backward)
 
 
-def embed(settings: Settings, indices: Indices, parts: Parts) -> Tensor:
+def embed(kind: Kind, indices: Indices, parts: Parts) -> Tensor:
     """y in eager mode."""
     if any_requires_grad(*parts):
-        out: Tensor = apply(Embed, settings, indices, *parts)
+        out: Tensor = apply(Embed, kind, indices, *parts)
         return out
-    return _forward(settings, indices, parts)[0]
+    return _forward(kind, indices, parts)[0]
 
 
 class Embed(torch.autograd.Function):
     """``embed`` on plain tensors, as autograd records it."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, indices: Indices, *parts: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, kind: Kind, indices: Indices, *parts: Tensor | None) -> Tensor:
         given = Parts(*parts)  # type: ignore[arg-type]
-        out, mean, rstd = _forward(settings, indices, given)
-        _keep(ctx, settings, indices, given, mean, rstd)
+        out, mean, rstd = _forward(kind, indices, given)
+        _keep(ctx, kind, indices, given, mean, rstd)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *_gradients(ctx, Needs(*ctx.needs_input_grad[2:]), grad)
 
 
@@ -62,7 +62,7 @@ def setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor,
     )  # fmt: skip
     indices = Indices(ids, position_ids, type_ids, mask, packed, seed)
     parts = Parts(weight, position_weight, type_weight, extra, norm_weight, norm_bias)
-    _keep(ctx, settings, indices, parts, mean, rstd)
+    _keep(ctx, Kind(settings, parts), indices, parts, mean, rstd)
 
 
 def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -89,15 +89,11 @@ class Needs(NamedTuple):
     norm_bias: bool
 
 
-def _keep(ctx: Any, settings: Settings, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor) -> None:
+def _keep(ctx: Any, kind: Kind, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor) -> None:
     ctx.set_materialize_grads(False)
-    weight, position_weight, type_weight, extra, _, _ = parts
-    ctx.settings, ctx.dtype, ctx.shape = settings, weight.dtype, weight.shape
-    ctx.position_rows = 0 if position_weight is None else position_weight.shape[0]
-    ctx.type_rows = 0 if type_weight is None else type_weight.shape[0]
-    ctx.extra_rows = 0 if extra is None else extra.shape[0]
+    ctx.kind = kind
     # Without a norm the gradient does not depend on the rows: do not keep what they are made of.
-    kept = _NOTHING if settings.norm == "none" else parts
+    kept = _NOTHING if kind.settings.norm == "none" else parts
     ctx.save_for_backward(*indices, *kept, mean, rstd)
 
 
@@ -109,7 +105,8 @@ def _gradients(ctx: Any, need: Needs, grad: Tensor | None) -> tuple[Tensor | Non
     if grad is None:
         return _NOTHING
     saved = ctx.saved_tensors
-    indices, settings = Indices(*saved[:6]), ctx.settings
+    kind, indices = ctx.kind, Indices(*saved[:6])
+    settings = kind.settings
     # What is to be differentiated again is recorded in terms of ops.
     direct = is_eager(grad, *saved) and not torch.is_grad_enabled()
     # The factor is that of the token rows alone: the kernel applies it only where nothing else needs a gradient.
@@ -120,19 +117,19 @@ def _gradients(ctx: Any, need: Needs, grad: Tensor | None) -> tuple[Tensor | Non
     weight_grad = bias_grad = None
     if settings.norm != "none" or settings.dropout_p > 0.0 or indices.mask is not None or row_scale != 1.0:
         parts = Parts(*saved[6:12])
-        if parts.weight is None:  # only its dtype and width matter without a norm
-            parts = parts._replace(weight=torch.empty((0, width), dtype=ctx.dtype, device=grad.device))
+        if saved[6] is None:  # only its dtype and width matter without a norm
+            parts = parts._replace(weight=torch.empty((0, width), dtype=kind.dtype, device=grad.device))
         call = _backward if direct else _backward_op
         rows, weight_grad, bias_grad = call(
-            grad, settings, indices, parts, saved[12], saved[13], row_scale, need_rows, need_norm
+            grad, kind, indices, parts, saved[12], saved[13], row_scale, need_rows, need_norm
         )
     else:
-        rows = grad.reshape(-1, width).to(ctx.dtype)
+        rows = grad.reshape(-1, width).to(kind.dtype)
     grads: dict[str, Tensor] = {}
     if need_rows:
         scaled = rows * settings.scale if need.weight and row_scale != settings.scale else rows
         of_parts = _packed_gradients if indices.packed is not None else _row_gradients
-        grads = of_parts(ctx, need, rows, scaled, indices, _direct_scatter if direct else _scatter)
+        grads = of_parts(kind, need, rows, scaled, indices, _direct_scatter if direct else _scatter)
     return (
         *(grads.get(name) for name in ("weight", "position_weight", "type_weight", "extra")),
         weight_grad if need.norm_weight else None,
@@ -141,9 +138,10 @@ def _gradients(ctx: Any, need: Needs, grad: Tensor | None) -> tuple[Tensor | Non
 
 
 def _backward_op(
-    grad: Tensor, settings: Settings, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor, row_scale: float,
+    grad: Tensor, kind: Kind, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor, row_scale: float,
     need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    settings = kind.settings
     if settings.norm == "none":
         settings = settings._replace(sinusoids="none", position_start=0)
         indices = indices._replace(position_ids=None, type_ids=None, packed=None)
@@ -167,57 +165,57 @@ _direct_scatter = shown_as("embedkernels::embedding_backward")(_grad._backward_i
 
 
 def _row_gradients(
-    ctx: Any, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor]
+    kind: Kind, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor]
 ) -> dict[str, Tensor]:
     """Of the parts of a row, from the gradients of all rows."""
     ids, position_ids, type_ids = indices.ids, indices.position_ids, indices.type_ids
     grads: dict[str, Tensor] = {}
     if need.weight:
         if ids is None:
-            grads["weight"] = scaled.view(ctx.shape)
+            grads["weight"] = scaled.view(kind.shape)
         else:
-            grads["weight"] = scatter(scaled, ids.reshape(-1), ctx.shape[0], ctx.settings.padding_idx)
+            grads["weight"] = scatter(scaled, ids, kind.shape[0], kind.settings.padding_idx)
     # What is the same in every sequence is summed over the sequences first.
-    (n, width), length = rows.shape, _length(ctx, ids)
-    shared = {
-        "position_weight": position_ids is None or position_ids.numel() == length,
-        "type_weight": type_ids is not None and type_ids.numel() == length,
-        "extra": ctx.extra_rows == length,
-    }
+    (n, width), length = rows.shape, _length(kind, ids)
+    shared_positions = position_ids is None or position_ids.numel() == length
+    shared_types = type_ids is not None and type_ids.numel() == length
+    shared_extra = kind.extra_rows == length
     by_place = rows
-    if n > length and any(shared[name] and getattr(need, name) for name in shared):
+    if n > length and (
+        (shared_positions and need.position_weight)
+        or (shared_types and need.type_weight)
+        or (shared_extra and need.extra)
+    ):
         by_place = rows.view(n // length, length, width).sum(0, dtype=rows.dtype)
-
-    def source(name: str) -> Tensor:
-        return by_place if shared[name] else rows
-
     if need.position_weight:
         grads["position_weight"] = _table_grad(
-            source("position_weight"), position_ids, ctx.settings.position_start, ctx.position_rows,
-            ctx.settings.position_padding_idx, scatter,
+            by_place if shared_positions else rows, position_ids, kind.settings.position_start, kind.position_rows,
+            kind.settings.position_padding_idx, scatter,
         )  # fmt: skip
     if need.type_weight:
-        summed = rows.sum(0, keepdim=True, dtype=rows.dtype) if type_ids is None else source("type_weight")
-        grads["type_weight"] = _table_grad(summed, type_ids, 0, ctx.type_rows, -1, scatter)
+        source = by_place if shared_types else rows
+        if type_ids is None:
+            source = rows.sum(0, keepdim=True, dtype=rows.dtype)
+        grads["type_weight"] = _table_grad(source, type_ids, 0, kind.type_rows, -1, scatter)
     if need.extra:
+        source = by_place if shared_extra else rows
         # Rows that were given may have the same gradient, but no two leaves may have the same memory.
-        shared_memory = need.weight and ids is None and scaled is source("extra")
-        grads["extra"] = source("extra").clone() if shared_memory else source("extra")
+        grads["extra"] = source.clone() if need.weight and ids is None and scaled is source else source
     return grads
 
 
 def _packed_gradients(
-    ctx: Any, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor]
+    kind: Kind, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor]
 ) -> dict[str, Tensor]:
     """Of the parts of a row, from the gradients of the rows at ``packed``: a scatter each, in a fixed order."""
     ids, position_ids, type_ids, packed = indices.ids, indices.position_ids, indices.type_ids, indices.packed
     assert packed is not None
-    count = math.prod(ctx.shape[:-1]) if ids is None else ids.numel()
+    count = math.prod(kind.shape[:-1]) if ids is None else ids.numel()
     if count == 0:  # then no place is known, and there is nothing to index
-        sizes = {"weight": ctx.shape[0], "position_weight": ctx.position_rows, "type_weight": ctx.type_rows,
-                 "extra": ctx.extra_rows}  # fmt: skip
+        sizes = {"weight": kind.shape[0], "position_weight": kind.position_rows, "type_weight": kind.type_rows,
+                 "extra": kind.extra_rows}  # fmt: skip
         nothing = {name: rows.new_zeros((n, rows.shape[1])) for name, n in sizes.items() if getattr(need, name)}
-        return {name: grad.view(ctx.shape) if name == "weight" else grad for name, grad in nothing.items()}
+        return {name: grad.view(kind.shape) if name == "weight" else grad for name, grad in nothing.items()}
     known = (packed >= 0) & (packed < count)
     places = packed.clamp(0, max(0, count - 1))
 
@@ -228,27 +226,27 @@ def _packed_gradients(
     def chosen(given: Tensor) -> Tensor:
         return given.reshape(-1)[places % given.numel()]
 
-    settings = ctx.settings
+    settings = kind.settings
     grads: dict[str, Tensor] = {}
     if need.weight:
         if ids is None:
-            grads["weight"] = scattered(scaled, places, count).view(ctx.shape)
+            grads["weight"] = scattered(scaled, places, count).view(kind.shape)
         else:
-            grads["weight"] = scattered(scaled, chosen(ids), ctx.shape[0], settings.padding_idx)
+            grads["weight"] = scattered(scaled, chosen(ids), kind.shape[0], settings.padding_idx)
     if need.position_weight:
-        at = settings.position_start + places % _length(ctx, ids) if position_ids is None else chosen(position_ids)
-        grads["position_weight"] = scattered(rows, at, ctx.position_rows, settings.position_padding_idx)
+        at = settings.position_start + places % _length(kind, ids) if position_ids is None else chosen(position_ids)
+        grads["position_weight"] = scattered(rows, at, kind.position_rows, settings.position_padding_idx)
     if need.type_weight:
         kinds = torch.zeros_like(places) if type_ids is None else chosen(type_ids)
-        grads["type_weight"] = scattered(rows, kinds, ctx.type_rows)
+        grads["type_weight"] = scattered(rows, kinds, kind.type_rows)
     if need.extra:
-        grads["extra"] = scattered(rows, places % ctx.extra_rows, ctx.extra_rows)
+        grads["extra"] = scattered(rows, places % kind.extra_rows, kind.extra_rows)
     return grads
 
 
-def _length(ctx: Any, ids: Tensor | None) -> int:
+def _length(kind: Kind, ids: Tensor | None) -> int:
     """S."""
-    shape = ctx.shape[:-1] if ids is None else ids.shape
+    shape = kind.shape[:-1] if ids is None else ids.shape
     return shape[-1] if len(shape) else 1
 
 

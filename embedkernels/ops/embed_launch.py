@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,29 @@ class Settings(NamedTuple):
     dropout_first: bool
     dtype: torch.dtype
     padding_idx: int
+
+
+class Kind:
+    """What calls have in common whose settings are the same, and their tensors but for values.
+
+    Attributes:
+        settings: of the call.
+        dtype, shape: of the token table, or of the rows that stand in its place.
+        position_rows, type_rows, extra_rows: rows of these parts, 0 where there are none.
+        contiguous: whether all tensors of the forward are known to be.
+        memo: what the launches of such calls found out.
+    """
+
+    __slots__ = ("contiguous", "dtype", "extra_rows", "memo", "position_rows", "settings", "shape", "type_rows")
+
+    def __init__(self, settings: Settings, parts: Parts, contiguous: bool = False) -> None:
+        weight, position_weight, type_weight, extra, _, _ = parts
+        self.settings, self.contiguous = settings, contiguous
+        self.dtype, self.shape = weight.dtype, weight.shape
+        self.position_rows, self.type_rows, self.extra_rows = (
+            0 if table is None else table.shape[0] for table in (position_weight, type_weight, extra)
+        )
+        self.memo: dict[Any, Any] = {}
 
 
 class Indices(NamedTuple):
@@ -60,11 +83,11 @@ def output_shape(ids: Tensor | None, weight: Tensor, packed: Tensor | None) -> t
     return tuple(weight.shape) if ids is None else (*ids.shape, weight.shape[1])
 
 
-def forward(settings: Settings, indices: Indices, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+def forward(kind: Kind, indices: Indices, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the rows' mean and rstd, each empty where the norm has none."""
     from embedkernels.kernels import embed as kernels
 
-    weight, ids, packed = parts.weight, indices.ids, indices.packed
+    settings, weight, ids, packed = kind.settings, parts.weight, indices.ids, indices.packed
     device = weight.device
     shape = weight.shape[:-1] if ids is None else ids.shape
     _check_count(max(math.prod(shape), 0 if packed is None else packed.numel()), kernels.MOST_ROWS)
@@ -73,27 +96,31 @@ def forward(settings: Settings, indices: Indices, parts: Parts) -> tuple[Tensor,
     out = weight.new_empty(output_shape(ids, weight, packed), dtype=settings.dtype)
     if out.numel() == 0:
         return out, weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, dtype=torch.float32)
+    norm_weight, norm_bias = parts.norm_weight, parts.norm_bias
+    if not kind.contiguous:
+        indices, parts = _contiguous(indices, parts)
+        norm_weight, norm_bias = parts.norm_weight, parts.norm_bias
     errors = id_errors.error_state(device)
     mean, rstd = kernels.embed_forward(
-        _inputs(settings, indices, parts, shape), out, contiguous(parts.norm_weight), contiguous(parts.norm_bias),
-        settings.norm_eps, (errors.flag, errors.record),
+        _inputs(settings, indices, parts, shape, kind.memo), out, norm_weight, norm_bias, settings.norm_eps,
+        (errors.flag, errors.record),
     )  # fmt: skip
     id_errors.after_launch(device)
     return out, mean, rstd
 
 
 def backward(
-    grad: Tensor, settings: Settings, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor, row_scale: float,
+    grad: Tensor, kind: Kind, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor, row_scale: float,
     need_rows: bool, need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the summed rows, and of the norm's weight and bias; see ``kernels.embed.embed_backward``."""
     from embedkernels.kernels import embed as kernels
 
-    weight, norm_weight, norm_bias = parts.weight, parts.norm_weight, parts.norm_bias
+    weight, settings = parts.weight, kind.settings
     if grad.numel() == 0:
         norm_grads = (
             p.new_zeros(p.shape) if need_norm and p is not None else weight.new_empty(0)
-            for p in (norm_weight, norm_bias)
+            for p in (parts.norm_weight, parts.norm_bias)
         )
         return (weight.new_empty((0, weight.shape[-1])), *norm_grads)  # type: ignore[return-value]
     if settings.norm == "none":
@@ -101,13 +128,15 @@ def backward(
         shape: Sequence[int] = grad.shape[:-1]
         settings = settings._replace(sinusoids="none")
         indices = Indices(None, None, None, indices.mask, None, indices.seed)
-        parts = Parts(weight, None, None, None, norm_weight, norm_bias)
+        parts = Parts(weight, None, None, None, parts.norm_weight, parts.norm_bias)
     else:
         shape = weight.shape[:-1] if indices.ids is None else indices.ids.shape
     _check_count(max(math.prod(shape), grad.numel() // grad.shape[-1]), kernels.MOST_ROWS)
+    # Saved tensors may come back from hooks with other strides than they had.
+    indices, parts = _contiguous(indices, parts)
     return kernels.embed_backward(
-        _inputs(settings, indices, parts, shape), grad if grad.is_contiguous() else grad.contiguous(),
-        contiguous(norm_weight), contiguous(norm_bias), mean, rstd, row_scale, need_rows, need_norm,
+        _inputs(settings, indices, parts, shape, kind.memo), grad if grad.is_contiguous() else grad.contiguous(),
+        parts.norm_weight, parts.norm_bias, mean, rstd, row_scale, need_rows, need_norm,
     )  # fmt: skip
 
 
@@ -139,34 +168,32 @@ def at_places(given: Tensor, packed: Tensor, count: int) -> Tensor:
     return flat.new_zeros(count).index_copy(0, places, flat[places % flat.numel()]) if count else flat
 
 
-def _inputs(settings: Settings, indices: Indices, parts: Parts, shape: Sequence[int]) -> Inputs:
+def _contiguous(indices: Indices, parts: Parts) -> tuple[Indices, Parts]:
+    """The same, all contiguous."""
+    return (
+        Indices(*[x if x is None or x.is_contiguous() else x.contiguous() for x in indices]),
+        Parts(*[x if x is None or x.is_contiguous() else x.contiguous() for x in parts]),  # type: ignore[arg-type]
+    )
+
+
+def _inputs(settings: Settings, indices: Indices, parts: Parts, shape: Sequence[int], memo: dict[Any, Any]) -> Inputs:
     """What the kernels read, for ids (or rows without ids) of ``shape``."""
     from embedkernels.kernels.embed import Inputs
 
     ids, position_ids, type_ids, mask, packed, seed = indices
     weight, position_weight, type_weight, extra, _, _ = parts
     if weight.dim() != 2:
-        weight = weight.reshape(-1, weight.shape[-1])
-    given = (ids, weight, position_weight, position_ids, type_weight, type_ids, extra, packed)
-    ids, weight, position_weight, position_ids, type_weight, type_ids, extra, packed = [  # type: ignore[assignment]
-        x if x is None or x.is_contiguous() else x.contiguous() for x in given
-    ]
+        weight = weight.view(-1, weight.shape[-1])
     return Inputs(
         ids, weight, settings.scale, position_weight, settings.sinusoids, settings.position_padding_idx, position_ids,
-        settings.position_start, shape[-1] if len(shape) else 1, type_weight, type_ids, extra, _factors(mask), packed,
-        settings.norm, settings.dropout_p, settings.dropout_first, seed,
+        settings.position_start, shape[-1] if len(shape) else 1, type_weight, type_ids, extra,
+        None if mask is None else _factors(mask), packed, settings.norm, settings.dropout_p, settings.dropout_first,
+        seed, memo,
     )  # fmt: skip
 
 
-def _factors(mask: Tensor | None) -> Tensor | None:
+def _factors(mask: Tensor) -> Tensor:
     """A mask as the kernels read it: bools as bytes, and in fp32 what they would not compute with."""
-    if mask is None:
-        return None
     if mask.dtype == torch.bool:
-        return mask.contiguous().view(torch.uint8)
-    return (mask.float() if mask.dtype == torch.float64 else mask).contiguous()
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """``tensor``, or a copy that is contiguous."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+        return mask.view(torch.uint8)
+    return mask.float() if mask.dtype == torch.float64 else mask

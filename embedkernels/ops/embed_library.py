@@ -16,7 +16,7 @@ from embedkernels.ops import embed_autograd as autograd
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.backend import choose
 from embedkernels.ops.embed_checks import check_op, check_saved
-from embedkernels.ops.embed_launch import Indices, Parts, Settings, backward, forward, output_shape
+from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings, backward, forward, output_shape
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")
 _library.define("checked_ids(Tensor ids, SymInt rows, str table, str op) -> Tensor")
@@ -62,11 +62,8 @@ def _forward_impl(
         scale, sinusoids, position_padding_idx, position_start, norm, norm_eps, dropout_p, dropout_first, dtype,
         padding_idx,
     )  # fmt: skip
-    return forward(
-        settings,
-        Indices(ids, position_ids, type_ids, mask, packed, seed),
-        Parts(weight, position_weight, type_weight, extra, norm_weight, norm_bias),
-    )
+    parts = Parts(weight, position_weight, type_weight, extra, norm_weight, norm_bias)
+    return forward(Kind(settings, parts), Indices(ids, position_ids, type_ids, mask, packed, seed), parts)
 
 
 def _forward_fake(
@@ -100,10 +97,10 @@ def _backward_impl(
     settings = Settings(
         scale, sinusoids, position_padding_idx, position_start, norm, 0.0, dropout_p, dropout_first, grad.dtype, -1
     )
+    parts = Parts(weight, position_weight, type_weight, extra, norm_weight, norm_bias)
     return backward(
-        grad, settings, Indices(ids, position_ids, type_ids, mask, packed, seed),
-        Parts(weight, position_weight, type_weight, extra, norm_weight, norm_bias), mean, rstd, row_scale, need_rows,
-        need_norm,
+        grad, Kind(settings, parts), Indices(ids, position_ids, type_ids, mask, packed, seed), parts, mean, rstd,
+        row_scale, need_rows, need_norm,
     )  # fmt: skip
 
 

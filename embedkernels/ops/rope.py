@@ -236,7 +236,7 @@ class Rope(torch.autograd.Function):
     """The op on plain tensors, as autograd records it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _launch_shown(*inputs)
         _setup_context(ctx, inputs, output)
         return output
