@@ -78,7 +78,7 @@ class Launcher:
         numbers = [p for p in plain if not p.name.endswith("_ptr")]
         self.pointers = _elements([p.num for p in plain if p.name.endswith("_ptr")])
         self._numbers = _elements([p.num for p in numbers])
-        # Compiled for where they are 1 or multiples of 16: their values belong to the key.
+        # Integers are compiled for where they are 1 or multiples of 16: their values belong to the key.
         self._specialized = _elements([p.num for p in numbers if not p.do_not_specialize])
 
     def __call__(
@@ -99,9 +99,10 @@ class Launcher:
         if self.pointers is None:
             return Launch(self, constants, options)
         pointers, numbers = self.pointers(arguments), self._numbers(arguments)
+        specialized = [None if type(x) is float else x for x in self._specialized(arguments)]
         key = (
-            pointers[0].get_device(), constants, *map(_dtype_of, pointers), *map(type, numbers),
-            self._specialized(arguments), _wide(numbers), *options.items(),
+            pointers[0].get_device(), constants, *map(_dtype_of, pointers), *map(type, numbers), *specialized,
+            _wide(numbers), *options.items(),
         )  # fmt: skip
         launch = self._launches.get(key)
         if launch is None:

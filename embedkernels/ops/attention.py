@@ -311,7 +311,7 @@ def _backward_impl(
     dq, dk, dv = _backward_outputs(query, key, value, needs_query, needs_key_value)
     backward(
         _near(grad), _near(query), _near(key), _near(value), _near(out), lse.contiguous(),
-        bounds, _unit(key_mask), seed,
+        None if bounds is None else bounds.contiguous(), _unit(key_mask), seed,
         dq if needs_query else None, dk if needs_key_value else None, dv if needs_key_value else None,
         scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
     )  # fmt: skip

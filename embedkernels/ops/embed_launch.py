@@ -136,7 +136,7 @@ def backward(
     indices, parts = _contiguous(indices, parts)
     return kernels.embed_backward(
         _inputs(settings, indices, parts, shape, kind.memo), grad if grad.is_contiguous() else grad.contiguous(),
-        parts.norm_weight, parts.norm_bias, mean, rstd, row_scale, need_rows, need_norm,
+        parts.norm_weight, parts.norm_bias, mean.contiguous(), rstd.contiguous(), row_scale, need_rows, need_norm,
     )  # fmt: skip
 
 
