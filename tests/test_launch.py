@@ -71,12 +71,14 @@ def test_a_second_launch_hands_the_same_arguments_to_the_compiled_kernel(kernel:
     assert (n, stride, factor, block) == (6, 8, 0.25, 16)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"x": X.double()}, {"y": Y.half()}, {"stride": 16}, {"stride": 1}, {"n": 2**31}, {"n": -(2**31) - 1},
-     {"factor": 1}, {"BLOCK": 32}, {"num_warps": 8}],
-    ids=str,
-)  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "dtype of x": {"x": X.double()}, "dtype of y": {"y": Y.half()}, "multiple of 16": {"stride": 16},
+    "one": {"stride": 1}, "64 bits": {"n": 2**31}, "64 bits, negative": {"n": -(2**31) - 1},
+    "an integer": {"factor": 1}, "constexpr": {"BLOCK": 32}, "warps": {"num_warps": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_triton_compiles_for_makes_another_kernel(change: dict[str, Any], kernel: Kernel) -> None:
     launcher = Launcher(kernel)
     call(launcher)
