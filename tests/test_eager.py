@@ -384,8 +384,7 @@ def test_known_calls_are_forgotten_before_they_are_many(
         assert 1 <= len(embed_module._kinds) <= 2
 
 
-def test_known_calls_do_not_keep_tensors(device: torch.device) -> None:
-    """Nor does a kind of call share anything of one call's values with the next."""
+def test_a_known_call_uses_its_own_values(device: torch.device) -> None:
     call, leaves = embed_case(device)
     first = results(call, leaves)
     changed = [leaf.detach().clone().mul_(2.0).requires_grad_() for leaf in leaves]
