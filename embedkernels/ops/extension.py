@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 # What csrc/library.cpp must say: schemas and meaning of the ops that this version of the package calls.
-INTERFACE = 1
+INTERFACE = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LOCK = threading.Lock()
 _REBUILD = "rebuild it with: python setup.py build_ext --inplace, or reinstall embedkernels"
@@ -161,17 +161,15 @@ def _register_fakes() -> None:
     """Shapes and dtypes of the raw ops, so that they can be traced."""
 
     @torch.library.register_fake("embedkernels_ext::embedding_plan")
-    def _(ids: Tensor, num_rows: int, padding_idx: int, vocab_start: int) -> tuple[Tensor, ...]:  # noqa: ARG001
+    def _(
+        ids: Tensor,
+        num_rows: int,  # noqa: ARG001
+        padding_idx: int,  # noqa: ARG001
+        vocab_start: int,  # noqa: ARG001
+        ignored: Tensor | None,  # noqa: ARG001
+    ) -> tuple[Tensor, ...]:
         n = ids.numel()
         return tuple(ids.new_empty(size, dtype=torch.int32) for size in (n, n, n + 1, 1))
 
-    @torch.library.register_fake("embedkernels_ext::embedding_grad_dense")
-    def _(
-        grad_rows: Tensor,
-        order: Tensor,  # noqa: ARG001
-        segment_ids: Tensor,  # noqa: ARG001
-        segment_offsets: Tensor,  # noqa: ARG001
-        count: Tensor,  # noqa: ARG001
-        num_rows: int,
-    ) -> Tensor:
-        return grad_rows.new_empty((num_rows, grad_rows.shape[1]))
+    @torch.library.register_fake("embedkernels_ext::embedding_grad")
+    def _(*arguments: object) -> None: ...

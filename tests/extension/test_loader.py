@@ -107,7 +107,7 @@ def test_a_library_of_another_version(tmp_path):
         'int embedkernels_interface(void) { return 99; }\nconst char* embedkernels_architectures(void) { return ""; }'
     )
     compile_c(code, tmp_path / "_extension.so")
-    with pytest.warns(RuntimeWarning, match=r"another version of embedkernels \(interface 99, not 1\)"):
+    with pytest.warns(RuntimeWarning, match=r"another version of embedkernels \(interface 99, not 2\)"):
         assert not extension.load(tmp_path).loaded
 
 
