@@ -127,8 +127,9 @@ def _owned(weight: Tensor) -> str | None:
 _warned: set[str] = set()
 
 
+@torch.compiler.assume_constant_result
 def warn_dense(reason: str) -> None:
-    """Say once per reason that gradients are dense where they were to be added in place."""
+    """Say once per reason that gradients are dense where they were to be added in place; also while a graph is made."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
