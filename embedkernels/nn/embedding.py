@@ -99,7 +99,7 @@ class FusedEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table at ``input``."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._looked_up(input)
         return F.embedding(
             input,

@@ -12,8 +12,8 @@ _PLAIN = (Tensor, Parameter, Buffer)
 def is_eager(*tensors: Tensor | None) -> bool:
     """True where an op may call its implementation without the dispatcher, which takes longer than small kernels.
 
-    False while torch.compile, torch.export or ``make_fx`` traces, within transforms of ``torch.func``, under modes that
-    want to see every op, and for subclasses of Tensor (DTensor, fake tensors).
+    False while torch.compile, torch.export or ``make_fx`` traces, within transforms of ``torch.func``, under modes
+    that want to see every op, and for subclasses of Tensor (DTensor, fake tensors).
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False

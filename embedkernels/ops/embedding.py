@@ -41,9 +41,10 @@ def embedding(
             from the end of the table.
         scale_grad_by_freq: divide every row's gradient by how often its id occurs in ``ids``.
         grad_mode: what the gradient of ``weight`` is. ``"dense"``: (V, D). ``"accumulate"``: added straight to
-            ``weight.main_grad``, where there is such a tensor, or to ``weight.grad`` at the end of the backward pass,
-            after what other uses of the table (a tied head) have left there, without a (V, D) tensor of its own; dense,
-            with one warning, where something else owns the gradient (hooks, torch.distributed, ``create_graph``).
+            ``weight.main_grad``, where there is such a tensor, or to ``weight.grad`` at the end of the backward
+            pass, after what other uses of the table (a tied head) have left there, without a (V, D) tensor of its
+            own; dense, with one warning, where something else owns the gradient (hooks, torch.distributed,
+            ``create_graph``).
             ``"rows"``: a ``torch.sparse_coo`` tensor of the rows in use, as with ``nn.Embedding(sparse=True)``; on a
             GPU padded to min(N, V) rows with zeros, so that nothing waits.
         plan: of these ids and this padding, to be used again; None makes one where a gradient is needed.
@@ -84,9 +85,7 @@ def embedding(
         return stock_lookup(ids, weight, padding_idx=padding, scale_grad_by_freq=scale_grad_by_freq)
     if not is_eager(ids, weight):
         if grad_mode == "rows" and weight.requires_grad:  # graphs hold no sparse tensors
-            return stock_lookup(
-                ids, weight, padding_idx=padding, scale_grad_by_freq=scale_grad_by_freq, sparse=True
-            )
+            return stock_lookup(ids, weight, padding_idx=padding, scale_grad_by_freq=scale_grad_by_freq, sparse=True)
         if grad_mode == "accumulate":
             table_grad.warn_dense("torch.compile or a tensor subclass has to see the gradient")
         return lookup(ids, weight, padding_idx=padding, scale_by_freq=scale_grad_by_freq, backend=backend)
@@ -127,9 +126,7 @@ def stock_lookup(
     """PyTorch's own lookup, with every derivative that it has, and our error for an id out of range."""
     id_errors.check_ids(ids, weight.shape[0], table, op)
     padding = None if padding_idx is None or padding_idx < 0 else padding_idx
-    return F.embedding(
-        ids, weight, padding_idx=padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
-    )
+    return F.embedding(ids, weight, padding_idx=padding, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
 
 
 def _check(ids: Tensor, weight: Tensor, op: str = "embedding") -> None:

@@ -1,7 +1,7 @@
 """The gradient of an embedding table: a deterministic sum of gradient rows with a plan of the ids.
 
-``embedding_grad`` adds the gradient rows of every row of the table in fp32, in an order that does not depend on timing,
-and writes the dense gradient, adds it to a buffer that is there, or keeps only the rows in use. The op
+``embedding_grad`` adds the gradient rows of every row of the table in fp32, in an order that does not depend on
+timing, and writes the dense gradient, adds it to a buffer that is there, or keeps only the rows in use. The op
 ``torch.ops.embedkernels.embedding_backward`` makes the plan as well and stands behind every autograd formula that
 needs a table's dense gradient and has no plan yet.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.ops.eager import is_eager
-from embedkernels.ops.embedding_plan import LIMIT, EmbeddingPlan, check_ids_tensor, make_plan
+from embedkernels.ops.embedding_plan import LIMIT, EmbeddingPlan, make_plan
+from embedkernels.ops.embedding_plan import check_ids_tensor as check_ids_tensor
 from embedkernels.ops.embedding_plan import normalized_padding as normalized_padding
 from embedkernels.reference import embedding as reference
 from embedkernels.reference.embedding import ACCUMULATE, DENSE, PADDED_ROWS, ROWS
@@ -88,18 +89,19 @@ def embedding_grad(
 ) -> Tensor | RowGradient:
     """Gradient of a table: for every row r, the sum of ``grad_rows`` at the positions where the ids were r.
 
-    Added in fp32 (fp64 for double) and rounded once, bitwise reproducible, without atomics and without waiting for the
-    device. Serves tables of any height: token tables, and those of positions or types with a few rows.
+    Added in fp32 (fp64 for double) and rounded once, bitwise reproducible, without atomics and without waiting for
+    the device. Serves tables of any height: token tables, and those of positions or types with a few rows.
 
     Args:
-        grad_rows: (N, D) or (*ids.shape, D), float32, bfloat16, float16 or float64, any strides. With ``bags`` (B, D).
+        grad_rows: (N, D) or (*ids.shape, D), float32, bfloat16, float16 or float64, any strides. With
+            ``bags`` (B, D).
         plan: of the ids, on the same device.
         out: (V, D), contiguous, of the dtype of ``grad_rows``, or one of the two float32 and the other bfloat16 or
             float16: written or added to, and returned. With ``mode="rows"`` the memory of the values,
             (at least min(N, V), D).
         mode: ``"dense"``: every row of the table is written, zeros included. ``"accumulate"``: added to ``out``, of
-            which no other row is touched: a ``.grad`` or fp32 ``main_grad`` that is there. ``"rows"``: the rows in use
-            alone. None: ``"accumulate"`` with ``out``, else ``"dense"``.
+            which no other row is touched: a ``.grad`` or fp32 ``main_grad`` that is there. ``"rows"``: the rows in
+            use alone. None: ``"accumulate"`` with ``out``, else ``"dense"``.
         bags: int32 or int64 (N), the row of ``grad_rows`` that belongs to each position: sums of ``nn.EmbeddingBag``,
             whose bags share one gradient row. On a GPU what lies outside adds nothing.
         per_sample_weights: (N), a factor for each position.
@@ -110,13 +112,13 @@ def embedding_grad(
         backend: ``"extension"``, ``"triton"``, ``"torch"`` or None for the best there is.
 
     Returns:
-        Tensor (V, D) in the dtype of ``grad_rows``, or ``out``; with ``mode="rows"`` a RowGradient. Without ``out`` the
-        dense gradient is differentiable in ``grad_rows`` and ``per_sample_weights``.
+        Tensor (V, D) in the dtype of ``grad_rows``, or ``out``; with ``mode="rows"`` a RowGradient. Without ``out``
+        the dense gradient is differentiable in ``grad_rows`` and ``per_sample_weights``.
 
     Raises:
         TypeError: grad_rows, out, bags or per_sample_weights of another dtype.
-        ValueError: shapes or devices that do not fit, an unknown mode or rounding, stochastic rounding of anything but
-            sums added to bfloat16.
+        ValueError: shapes or devices that do not fit, an unknown mode or rounding, stochastic rounding of anything
+            but sums added to bfloat16.
         RuntimeError: ``out`` or ``mode="rows"`` where a gradient is asked for through the result.
         IndexError: on a CPU, a bag that is no row of ``grad_rows``.
         NotImplementedError: a forward-mode tangent or a transform of ``torch.func`` on a backend that was asked for
@@ -156,7 +158,7 @@ def embedding_grad(
         return dense_grad(rows, plan, sources, weights, scale_grad_by_freq, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad_rows, weights, out)):
         raise RuntimeError(
-            f"{op}: only the dense gradient without out is differentiable; detach the arguments or use torch.no_grad()"
+            f"{op}: only the dense gradient without out is differentiable: detach the arguments or use no_grad()"
         )
     seed = None
     if stochastic:
@@ -233,7 +235,9 @@ def _checked_weights(weights: Tensor | None, grad_rows: Tensor, n: int, op: str)
         what = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"{op}: per_sample_weights must be a Tensor, one of {names(DTYPES)}, got {what}")
     if weights.numel() != n:
-        raise ValueError(f"{op}: per_sample_weights must have one element for each of the {n} ids, got {weights.numel()}")
+        raise ValueError(
+            f"{op}: per_sample_weights must have one element for each of the {n} ids, got {weights.numel()}"
+        )
     if weights.device != grad_rows.device:
         raise ValueError(f"{op}: per_sample_weights is on {weights.device}, grad_rows is on {grad_rows.device}")
     wide = torch.float64 if grad_rows.dtype == torch.float64 else torch.float32
@@ -267,7 +271,8 @@ def _dense(
 
 def reduce_into(
     out: Tensor, rows: Tensor, plan: EmbeddingPlan, mode: int, sources: Tensor | None = None,
-    weights: Tensor | None = None, scale_by_freq: bool = False, seed: Tensor | None = None, backend: str | None = None,
+    weights: Tensor | None = None, scale_by_freq: bool = False, seed: Tensor | None = None,
+    backend: str | None = None,
 ) -> None:  # fmt: skip
     """Write the sums of gradient rows into ``out``; the modes are those of ``embedkernels.reference.embedding``."""
     tensors = (out, rows, *plan.parts, sources, weights, seed)
@@ -341,7 +346,12 @@ _library.define(
 
 
 def backward(
-    grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int, backend: str = "auto", scale_by_freq: bool = False
+    grad_rows: Tensor,
+    ids: Tensor,
+    num_rows: int,
+    padding_idx: int,
+    backend: str = "auto",
+    scale_by_freq: bool = False,
 ) -> Tensor:
     """The dense gradient (V, D) from ids: ``torch.ops.embedkernels.embedding_backward``, not differentiable."""
     op = "embedding_backward"
@@ -366,7 +376,12 @@ _library.impl("embedding_backward", backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("embedkernels::embedding_backward", lib=_library)
 def _backward_fake(
-    grad_rows: Tensor, ids: Tensor, num_rows: int, padding_idx: int, backend: str = "auto", scale_by_freq: bool = False
+    grad_rows: Tensor,
+    ids: Tensor,
+    num_rows: int,
+    padding_idx: int,
+    backend: str = "auto",
+    scale_by_freq: bool = False,
 ) -> Tensor:
     return grad_rows.new_empty((num_rows, grad_rows.shape[-1]))
 
@@ -443,7 +458,7 @@ def _grad_backward(ctx, grad):  # type: ignore[no-untyped-def]
     looked_up = _rows_or_zeros(grad, at, at < 0)
     if ctx.scale_by_freq:
         looked_up = looked_up * _shares(at, ctx.num_rows, grad.dtype)[:, None]
-    outside = None
+    outside = at < 0
     if sources is not None:
         outside = (sources < 0) | (sources >= ctx.shape[0])
         looked_up = looked_up.masked_fill(outside[:, None], 0)

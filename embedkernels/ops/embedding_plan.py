@@ -95,7 +95,8 @@ def embedding_plan(
         ids: int32 or int64, any shape, fewer than 2**31 elements.
         num_embeddings: V, rows of the whole table.
         padding_idx: the id whose row gets no gradient. Negative values count from the end of the table.
-        ignore: positions that get no gradient, bool in the shape of ``ids`` (True: dropped); or an id, taken as it is.
+        ignore: positions that get no gradient, bool in the shape of ``ids`` (True: dropped); or an id, taken as it
+            is.
         vocab_start, vocab_end: this shard holds the rows vocab_start to vocab_end - 1 of the table, and row
             vocab_start is its row 0. None is the table's end.
         backend: ``"extension"``, ``"triton"``, ``"torch"`` or None for the best there is.
@@ -125,7 +126,8 @@ def embedding_plan(
     end = num_embeddings if vocab_end is None else checked_int(vocab_end, "vocab_end", op)
     if not 0 <= start <= end <= num_embeddings:
         raise ValueError(
-            f"{op}: vocab_start and vocab_end must be a part of the table's {num_embeddings} rows, got {start} and {end}"
+            f"{op}: vocab_start and vocab_end must be a part of the table's {num_embeddings} rows, "
+            f"got {start} and {end}"
         )
     if end - start >= LIMIT:
         raise ValueError(f"{op}: a table or shard must have at most {LIMIT - 1} rows, got {end - start}")
@@ -135,12 +137,18 @@ def embedding_plan(
         ignored = _checked_mask(ignore, ids, op)
     elif ignore is not None:
         if padding_idx is not None:
-            raise ValueError(f"{op}: give one id to ignore, as padding_idx or as ignore; got {padding_idx} and {ignore}")
+            raise ValueError(
+                f"{op}: give one id to ignore, as padding_idx or as ignore; got {padding_idx} and {ignore}"
+            )
         padding = max(checked_int(ignore, "ignore", op), -1)  # no negative id is kept anyway
     if is_eager(ids, ignored):
-        return make_plan(ids, end - start, padding, start, ignored, choose("embedding_grad", ids.device, backend).backend)
-    parts = torch.ops.embedkernels.embedding_plan(ids, end - start, padding, start, ignored, backend or "auto")
-    return EmbeddingPlan(*parts, end - start)
+        return make_plan(
+            ids, end - start, padding, start, ignored, choose("embedding_grad", ids.device, backend).backend
+        )
+    order, segment_ids, offsets, count = torch.ops.embedkernels.embedding_plan(
+        ids, end - start, padding, start, ignored, backend or "auto"
+    )
+    return EmbeddingPlan(order, segment_ids, offsets, count, end - start)
 
 
 def _checked_mask(ignore: Tensor, ids: Tensor, op: str) -> Tensor:
@@ -154,7 +162,12 @@ def _checked_mask(ignore: Tensor, ids: Tensor, op: str) -> Tensor:
 
 
 def make_plan(
-    ids: Tensor, num_rows: int, padding: int, start: int = 0, ignored: Tensor | None = None, backend: Backend = "torch"
+    ids: Tensor,
+    num_rows: int,
+    padding: int,
+    start: int = 0,
+    ignored: Tensor | None = None,
+    backend: Backend = "torch",
 ) -> EmbeddingPlan:
     """:func:`embedding_plan` without its checks, on a given backend."""
     if backend == "extension":
@@ -163,7 +176,8 @@ def make_plan(
     else:
         # The sort is most of it, and is PyTorch's own on both.
         made = reference.embedding_plan(ids, num_rows, padding, start, ignored)
-    return EmbeddingPlan(*made, num_rows)
+    order, segment_ids, offsets, count = made
+    return EmbeddingPlan(order, segment_ids, offsets, count, num_rows)
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,11 @@ def _inspect(path: Path, package: Path) -> ExtensionStatus:
         OSError: not a library, or not one for this machine and PyTorch.
         AttributeError: a library, but not this one.
     """
-    # A file cut short can kill the process inside the system's loader: look before loading.
+    # A file cut short can kill the process inside the system's loader: nothing is loaded that is not what was built.
     expected = _record(package, "sha256")
-    if expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    if not expected:
+        raise OSError("the build's record of its checksum, _extension.json, is missing or damaged")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
         raise OSError("its checksum is not the one that the build wrote down: the file is damaged")
     torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
@@ -107,7 +109,10 @@ def load(package: Path) -> ExtensionStatus:
     if os.environ.get("EMBEDKERNELS_DISABLE_EXTENSION", "0") == "1":
         return _refused(path if path.is_file() else None, "EMBEDKERNELS_DISABLE_EXTENSION=1 is set")
     if not path.is_file():
-        return _refused(None, _why_missing(package))
+        status = _refused(None, _why_missing(package))
+        if _record(package, "built") == "True":
+            _warn(status)
+        return status
     try:
         status = _inspect(path, package)
     except (OSError, AttributeError) as error:
@@ -115,8 +120,12 @@ def load(package: Path) -> ExtensionStatus:
         text = " ".join(str(error.__cause__ or error).split())
         status = _refused(path, f"{path.name} cannot be loaded ({text}): {_REBUILD}")
     if not status.loaded:
-        warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=2)
+        _warn(status)
     return status
+
+
+def _warn(status: ExtensionStatus) -> None:
+    warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=3)
 
 
 @functools.cache
@@ -127,7 +136,7 @@ def _status() -> ExtensionStatus:
 def extension_status() -> ExtensionStatus:
     """Whether the C++/CUDA library is loaded, what it holds, and why. Loads it on the first call.
 
-    A library that is there but cannot be used is reported by one RuntimeWarning.
+    A library that is there but cannot be used, or was built and is gone, is reported by one RuntimeWarning.
     """
     # Autograd may make the first call from several threads; the ops must be registered once.
     with _LOCK:

@@ -1,6 +1,7 @@
-"""What becomes of a table's gradient in eager mode: a dense tensor, rows added where the gradient is kept, or rows alone.
+"""What becomes of a table's gradient in eager mode: a dense tensor, a sum where the gradient is kept, or rows alone.
 
-``Lookup`` is the autograd function behind ``embedkernels.embedding`` on plain tensors. Its plan is made in the forward.
+``Lookup`` is the autograd function behind ``embedkernels.embedding`` on plain tensors. Its plan is made in the
+forward.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Lookup(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (ids,) = ctx.saved_tensors
         options = ctx.options
         mode = options.mode
@@ -114,7 +115,11 @@ def _owned(weight: Tensor) -> str | None:
     if torch.is_grad_enabled():
         return "the gradient is to be differentiated again"
     # The hooks of DDP and FSDP are in C++, where they cannot be seen.
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         return "torch.distributed may reduce the gradient"
     node = torch.autograd.graph.get_gradient_edge(weight).node
     try:
@@ -129,7 +134,7 @@ _warned: set[str] = set()
 
 @torch.compiler.assume_constant_result
 def warn_dense(reason: str) -> None:
-    """Say once per reason that gradients are dense where they were to be added in place; also while a graph is made."""
+    """Say once per reason that gradients are dense and not added in place; also while a graph is made."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
@@ -155,12 +160,12 @@ def _accumulate_later(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options
         with torch.no_grad():
             _add(weight, rows, plan, options)
 
-    torch.autograd.Variable._execution_engine.queue_callback(add)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(add)
 
 
 def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) -> None:
     main_grad = getattr(weight, "main_grad", None)
-    into = main_grad if isinstance(main_grad, Tensor) else weight.grad
+    into: Any = main_grad if isinstance(main_grad, Tensor) else weight.grad
     how: dict[str, Any] = {"scale_by_freq": options.scale_by_freq, "backend": options.backend}
     if into is None:
         weight.grad = _grad.dense_grad(rows, plan, **how)
@@ -169,7 +174,7 @@ def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) ->
     else:
         total = into + _grad.dense_grad(rows, plan, **how)
         if into is main_grad:
-            into.copy_(total)
+            into.copy_(total)  # whoever made it keeps it
         else:
             weight.grad = total.to(into.dtype)
     if into is main_grad and hasattr(weight, "grad_added_to_main_grad"):
@@ -177,6 +182,14 @@ def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) ->
 
 
 def _takes_rows(into: Tensor, rows: Tensor) -> bool:
-    if type(into) is not Tensor or into.layout != torch.strided or not into.is_contiguous() or into.device != rows.device:
+    if (
+        type(into) is not Tensor
+        or into.layout != torch.strided
+        or not into.is_contiguous()
+        or into.device != rows.device
+    ):
         return False
-    return into.dtype == rows.dtype or {into.dtype, rows.dtype} in ({torch.float32, torch.bfloat16}, {torch.float32, torch.float16})
+    return into.dtype == rows.dtype or {into.dtype, rows.dtype} in (
+        {torch.float32, torch.bfloat16},
+        {torch.float32, torch.float16},
+    )

@@ -29,8 +29,8 @@ def embedding_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which gradient rows meet in which row of the table, from the ids alone.
 
-    An id is kept if ``id - vocab_start`` lies in [0, num_rows), ``id != padding_idx`` and its position is not ignored.
-    Every output has a shape that follows from N = ids.numel(), so nothing waits for the device.
+    An id is kept if ``id - vocab_start`` lies in [0, num_rows), ``id != padding_idx`` and its position is not
+    ignored. Every output has a shape that follows from N = ids.numel(), so nothing waits for the device.
 
     Args:
         ids: int32 or int64, any shape, N elements.
@@ -99,14 +99,14 @@ def _segment_of_each(segment_offsets: Tensor, count: Tensor, at: Tensor) -> tupl
 
 
 def segment_sums(
-    grad_rows: Tensor, order: Tensor, segment_ids: Tensor, segment_offsets: Tensor, count: Tensor,
-    sources: Tensor | None = None, weights: Tensor | None = None, scale_by_freq: bool = False,
+    grad_rows: Tensor, order: Tensor, segment_offsets: Tensor, count: Tensor, sources: Tensor | None = None,
+    weights: Tensor | None = None, scale_by_freq: bool = False,
 ) -> Tensor:  # fmt: skip
     """The sum of every segment's gradient rows, added in fp32 (fp64 for double) in a fixed tree.
 
     Args:
         grad_rows: (R, D), floating point; R = N without ``sources``.
-        order, segment_ids, segment_offsets, count: a plan, see :func:`embedding_plan`.
+        order, segment_offsets, count: of a plan, see :func:`embedding_plan`.
         sources: (N), the row of ``grad_rows`` that belongs to a position; what lies outside adds nothing.
         weights: (N), factor of a position's row.
         scale_by_freq: multiply every sum by 1 / (number of its positions).
@@ -156,9 +156,7 @@ def embedding_grad_dense(
     sources: Tensor | None = None, weights: Tensor | None = None, scale_by_freq: bool = False,
 ) -> Tensor:  # fmt: skip
     """The dense gradient (num_rows, D) in the dtype of ``grad_rows``; see :func:`segment_sums`. Differentiable."""
-    sums = segment_sums(
-        grad_rows, order, segment_ids, segment_offsets, count, sources, weights, scale_by_freq
-    )
+    sums = segment_sums(grad_rows, order, segment_offsets, count, sources, weights, scale_by_freq)
     at = torch.arange(order.numel(), device=grad_rows.device)
     # What is no segment of this table goes to a row that is cut off.
     target = torch.where((at < count) & (segment_ids < num_rows), segment_ids, num_rows).long()
@@ -174,9 +172,9 @@ def embedding_grad(
 
     Args:
         out: (V, D), of another dtype than ``grad_rows`` if need be; in the modes of rows (C, D).
-        mode: ``DENSE``: every row of the table, zeros included. ``ACCUMULATE``: added to the rows that have a segment,
-            in fp32, rounded once; no other row is touched. ``ROWS``: row s is that of segment s, for s < count; the
-            rest is left as it is. ``PADDED_ROWS``: the same, and the rest is zeros.
+        mode: ``DENSE``: every row of the table, zeros included. ``ACCUMULATE``: added to the rows that have a
+            segment, in fp32, rounded once; no other row is touched. ``ROWS``: row s is that of segment s, for
+            s < count; the rest is left as it is. ``PADDED_ROWS``: the same, and the rest is zeros.
         seed: int64 (1), for bfloat16 sums that are added: round stochastically
             (:func:`embedkernels.reference.random.round_stochastic`).
     """
@@ -185,7 +183,7 @@ def embedding_grad(
     capacity = out.shape[0]
     if order.numel() == 0 or capacity == 0:
         return
-    sums = segment_sums(grad_rows, order, segment_ids, segment_offsets, count, sources, weights, scale_by_freq)
+    sums = segment_sums(grad_rows, order, segment_offsets, count, sources, weights, scale_by_freq)
     at = torch.arange(order.numel(), device=out.device)
     target = at if mode in (ROWS, PADDED_ROWS) else segment_ids.long()
     live = (at < count) & (target < capacity)

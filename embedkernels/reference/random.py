@@ -79,8 +79,8 @@ def round_stochastic(values: Tensor, rows: Tensor, seed: Tensor | int) -> Tensor
 
     Args:
         values: (N, D), float32.
-        rows: (N), number of each row in [0, 2**32). Element (r, c) of a table always gets the same 16 bits: of counter
-            (c // 8, r) word c % 8 // 2, the lower half for even c.
+        rows: (N), number of each row in [0, 2**32). Element (r, c) of a table always gets the same 16 bits: of
+            counter (c // 8, r) word c % 8 // 2, the lower half for even c.
         seed: see :func:`philox`.
 
     Returns:

@@ -57,7 +57,7 @@ def test_every_mode_has_the_gradient_of_the_stock_module(
 
 
 class NewTensors(TorchDispatchMode):
-    """Counts the tensors of the table's shape that ops within the block make: views of what they are given are none."""
+    """Counts the tensors of the table's shape that ops within the block make, views of their arguments aside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,9 @@ def test_activation_checkpointing(grad_mode: str, reentrant: bool, device: torch
     if grad_mode != "rows":
         head.weight = module.weight
     ids = some_ids(device, 7)
-    nudge = torch.zeros(1, device=device, requires_grad=True)  # reentrant checkpointing wants an input with a gradient
+    nudge = torch.zeros(
+        1, device=device, requires_grad=True
+    )  # reentrant checkpointing wants an input with a gradient
 
     def run(ids: Tensor, nudge: Tensor) -> Tensor:
         return module(ids) + nudge

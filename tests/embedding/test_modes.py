@@ -153,9 +153,7 @@ def test_frequencies_divide_as_in_stock(backend: Any, device: torch.device) -> N
     plan = ek.embedding_plan(ids, 9, padding_idx=2, backend=backend)
     ours = ek.embedding_grad(grad_rows, plan, scale_grad_by_freq=True, backend=backend)
     torch.testing.assert_close(ours, stock)
-    torch.testing.assert_close(
-        torch.ops.embedkernels.embedding_backward(grad_rows, ids, 9, 2, backend, True), stock
-    )
+    torch.testing.assert_close(torch.ops.embedkernels.embedding_backward(grad_rows, ids, 9, 2, backend, True), stock)
 
 
 @EVERY_BACKEND
@@ -166,7 +164,9 @@ def test_any_sizes_and_options(backend: Any, device: torch.device, data: st.Data
     n = data.draw(st.integers(0, 40), label="N")
     rows, width = data.draw(st.integers(0, 50), label="V"), data.draw(st.integers(1, 20), label="D")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16), label="seed"))
-    ids = torch.randint(-2, rows + 3, (n,), generator=generator).to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    ids = torch.randint(-2, rows + 3, (n,), generator=generator).to(
+        data.draw(st.sampled_from([torch.int32, torch.int64]))
+    )
     bags = weights = None
     sources = n
     if data.draw(st.booleans(), label="bags"):
@@ -225,7 +225,7 @@ def test_stochastic_rounding_draws_the_bits_of_its_seed(backend: Any, device: to
 
 @EVERY_BACKEND
 def test_stochastic_rounding_lets_small_addends_count(backend: Any, device: torch.device) -> None:
-    """A tenth of a unit in the last place, a hundred times: rounded to nearest nothing moves, at random the mean does."""
+    """A hundred times a tenth of a unit in the last place: to nearest nothing moves, at random the mean does."""
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     plan = ek.embedding_plan(ids, 1, backend=backend)
     grad_rows = torch.full((1, 256), 2.0**-7 / 10, device=device)
@@ -299,7 +299,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": torch.zeros(3, 4).t()}, ValueError, r"out must be contiguous, got strides \(1, 4\)"),
     ({"out": torch.zeros(4, 3, dtype=torch.float64)}, TypeError, "got torch.float64 for torch.float32"),
     ({"out": torch.zeros(4, 3, dtype=torch.int32)}, TypeError, "got torch.int32 for torch.float32"),
-    ({"bags": torch.zeros(2, dtype=torch.int64)}, ValueError, r"bags must have shape \(3,\), one for each id, got \(2,\)"),
+    (
+        {"bags": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        r"bags must have shape \(3,\), one for each id, got \(2,\)",
+    ),
     ({"bags": torch.zeros(3)}, TypeError, "ids must be int32 or int64, got torch.float32"),
     ({"per_sample_weights": torch.zeros(2)}, ValueError, "one element for each of the 3 ids, got 2"),
     ({"per_sample_weights": torch.zeros(3, dtype=torch.int64)}, TypeError, "got torch.int64"),

@@ -157,7 +157,11 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
             r"ignore must have the shape of ids, \(3,\), got \(4,\)",
         ),
         ({"ignore": "x"}, TypeError, "ignore must be an int, got str"),
-        ({"ignore": 3, "padding_idx": 2}, ValueError, "give one id to ignore, as padding_idx or as ignore; got 2 and 3"),
+        (
+            {"ignore": 3, "padding_idx": 2},
+            ValueError,
+            "give one id to ignore, as padding_idx or as ignore; got 2 and 3",
+        ),
         ({"backend": "cuda"}, ValueError, "backend must be one of extension, triton, torch or auto, got 'cuda'"),
     ],
 )
