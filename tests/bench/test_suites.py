@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, rivals, suites
+from bench import cases, rivals, suites, table_grad
 from bench.rivals import Prepared, Rival
 from bench.timing import Stopwatch
 
@@ -135,7 +135,7 @@ def test_without_a_yardstick_nothing_is_called_right(monkeypatch: pytest.MonkeyP
 def test_a_broken_case_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suites.SUITES["embedding_grad"]
 
-    def inputs(case: cases.GradCase, device: torch.device) -> SimpleNamespace:
+    def inputs(case: table_grad.GradCase, device: torch.device) -> SimpleNamespace:
         if case.name == suite.cases[0].name:
             raise MemoryError("too large")
         return suite.inputs(case, device)
@@ -349,12 +349,6 @@ def test_sdpa_says_why_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rivals_that_are_not_installed_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "OPTIONAL", ("no_such_rival", "torch"))
     assert rivals.absent() == ["no_such_rival"]
-
-
-def test_floors_count_the_bytes_of_a_table() -> None:
-    case = cases.GradCase("one", count=100, rows=1000, width=64)
-    x = suites.grad_inputs(case, CPU)
-    assert suites.grad_floors(case, x) == {"training": (100 * 64 * 2 + 1000 * 64 * 2 + 800, 0)}
 
 
 def test_causal_attention_counts_half_the_pairs() -> None:
