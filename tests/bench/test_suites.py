@@ -64,7 +64,8 @@ def test_the_reference_agrees_with_pytorch_in_double(name: str) -> None:
     """The float64 references are written out here: PyTorch in float64 must agree with them to its own precision."""
     suite = suites.SUITES[name]
     for case in suite.cases:
-        x = suite.inputs(dataclasses.replace(case.tiny(), dtype="float64"), CPU)
+        one_dtype = {"buffer": ""} if isinstance(case, table_grad.GradCase) else {}
+        x = suite.inputs(dataclasses.replace(case.tiny(), dtype="float64", **one_dtype), CPU)
         expected = suite.expected(x)
         found = suite.rivals(True)[0].build(x, 0.0).training()
         for key, want in expected.items():
