@@ -424,8 +424,18 @@ def incomplete(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Callable[[dict[str, Any]], None]) -> bool:
-    """Run a suite; ``save`` gets the whole result whenever it grows. True if nothing of ours failed."""
+def run(
+    name: str,
+    device: torch.device,
+    seconds: float,
+    tiny: bool,
+    save: Callable[[dict[str, Any]], None],
+    only: tuple[str, ...] = (),
+) -> bool:
+    """Run a suite, or the cases of it that ``only`` names. True if nothing of ours failed.
+
+    ``save`` gets the whole result whenever it grows.
+    """
     runner: Any
     todo: tuple[Any, ...]
     if name == "step":
@@ -434,7 +444,9 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
         runner, todo = StepRunner(device, seconds, tiny), cases.STEP
     else:
         runner, todo = Runner(name, device, seconds, tiny), SUITES[name].cases
-    todo = tuple(case.tiny() for case in todo) if tiny else todo
+    if unknown := sorted(set(only) - {case.name for case in todo}):
+        raise ValueError(f"suite {name} has no case {', '.join(unknown)}: {', '.join(case.name for case in todo)}")
+    todo = tuple(case.tiny() if tiny else case for case in todo if not only or case.name in only)
     records: list[dict[str, Any]] = [
         {"name": case.name, "case": asdict(case), "rivals": [], "seconds": 0.0, "not_run": "not reached"}
         for case in todo
@@ -494,6 +506,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=60.0, help="start nothing new after this time")
     parser.add_argument("--tiny", action="store_true", help="a dry run: sizes that prove only that the code works")
+    parser.add_argument("--cases", default="", help="names, comma separated; all by default")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     good = run(
@@ -502,6 +515,7 @@ def main(argv: list[str] | None = None) -> int:
         args.seconds,
         args.tiny,
         lambda result: write_json(args.out, result),
+        tuple(case.strip() for case in args.cases.split(",") if case.strip()),
     )
     return 0 if good else 1
 

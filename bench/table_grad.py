@@ -27,7 +27,7 @@ class GradCase:
     """The gradient of a table from those of the rows looked up.
 
     Attributes:
-        ids: a distribution of :func:`bench.cases.make_ids`, or ``"cycle"``: 0, 1, ... V - 1, 0, 1, ... like positions.
+        ids: a distribution of :func:`bench.cases.make_ids`, or ``"cycle"``: 0, 1, ... V - 1, 0, ... like positions.
         mode: ``"dense"``, ``"accumulate"``, ``"rows"``, ``"plan"``, or ``"lookup"``: forward and backward.
         buffer: dtype of what is added to; that of the rows if empty.
     """

@@ -383,3 +383,11 @@ def test_samples_of_different_rivals_alternate(monkeypatch: pytest.MonkeyPatch) 
     assert len(order) == 4
     assert order[:2] == order[2:]
     assert order[0] != order[1]
+
+
+def test_cases_are_chosen_by_name() -> None:
+    saved: list[dict[str, Any]] = []
+    assert suites.run("rope", CPU, 60, True, saved.append, ("llama-1b 2k",))
+    assert [record["name"] for record in saved[-1]["cases"]] == ["llama-1b 2k"]
+    with pytest.raises(ValueError, match="suite rope has no case llama: llama-8b 2k, llama-1b 2k"):
+        suites.run("rope", CPU, 60, True, saved.append, ("llama",))
