@@ -29,6 +29,7 @@ FORWARD, REVERSE, SHUFFLED = 0, 1, 2
 FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-shared", "-DEMBEDKERNELS_HOST_SHIM", f"-I{SHIM}", "-U_FORTIFY_SOURCE"),
     *("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=vptr", "-Wno-unknown-pragmas"),
+    "-ffp-contract=off",  # as the kernels ask nvcc for
 ]
 
 
@@ -147,7 +148,7 @@ def grad(
     at_start: bool = False,
     schedule_seed: int = 0,
 ) -> Grad:
-    """embedding_grad by the CUDA kernels' bodies, on a copy of ``out``; in vectors where they fit, unless told not to."""
+    """embedding_grad by the CUDA kernels' bodies, on a copy of ``out``; in vectors where they fit, if at all."""
     out = out.clone()
     reads, writes = (torch.empty(out.shape, dtype=torch.uint8) for _ in range(2))
     tensors = dict(zip(("order", "segment_ids", "segment_offsets", "count"), made, strict=True))
