@@ -99,5 +99,6 @@ def assert_expected(out: Tensor, expected: Expected, what: str = "embedding_grad
         row, column = (int(place) for place in wrong.nonzero()[0])
         raise AssertionError(
             f"{what}: {int(wrong.sum())} elements are wrong, the first at ({row}, {column}):"
-            f" {float(out[row, column])}, expected {float(expected.out[row, column])} within {float(expected.bound[row, column]):.2e}"
+            f" {float(out[row, column])}, expected {float(expected.out[row, column])}"
+            f" within {float(expected.bound[row, column]):.2e}"
         )

@@ -304,8 +304,8 @@ def test_beyond_two_to_the_31_elements(stride, mode, ends):
     assert list(found) == ends
 
 
-# Bytes of an element; elements of a vector of rows, of a cleared row, of partial sums. 16 bits in vectors and one at a
-# time, float32, float64, float32 rows for a 16-bit output.
+# Bytes of an element; elements of a vector of rows, of a cleared row, of partial sums. 16 bits in vectors and one by
+# one, float32, float64, float32 rows for a 16-bit output.
 VECTORS = [(2, 8, 8, 4), (2, 1, 1, 1), (4, 4, 4, 4), (8, 2, 2, 2), (2, 4, 8, 4)]
 
 
