@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 // slot of each strip after it.
 template <class Acc, int V>
 EK_DEVICE void add_partials(Acc (&sum)[V], const Acc* partials, int64_t width, int64_t strip, int from, int to) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = 32 / int(sizeof(Acc));  // sums in flight
   for (int base = from; base < to; base += kUnroll) {
     Packed<Acc, V> loaded[kUnroll];
 #pragma unroll
