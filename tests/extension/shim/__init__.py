@@ -82,6 +82,7 @@ def plan(
     padding_idx: int = -1,
     vocab_start: int = 0,
     *,
+    ignored: Tensor | None = None,
     order: int = FORWARD,
     at_start: bool = False,
     seed: int = 0,
@@ -92,7 +93,8 @@ def plan(
     bits = ctypes.c_int(0)
     _raise(
         library().shim_plan(
-            *(_pointer(ids), ids.element_size(), _int64(n), _int64(num_rows), _int64(padding_idx)),
+            *(_pointer(ids), None if ignored is None else _pointer(ignored), ids.element_size()),
+            *(_int64(n), _int64(num_rows), _int64(padding_idx)),
             *(_int64(vocab_start), order, ctypes.c_uint64(seed), int(at_start)),
             *(_pointer(part) for part in out),
             ctypes.byref(bits),

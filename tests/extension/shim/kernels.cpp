@@ -143,9 +143,11 @@ void grad(GradCall& call) {
 }
 
 template <class Id>
-void plan(const void* source, int64_t n, int64_t num_rows, int64_t padding_idx, int64_t vocab_start, int schedule,
-          uint64_t seed, bool at_start, int* order, int* segment_ids, int* segment_offsets, int* count, int* bits) {
+void plan(const void* source, const bool* ignored, int64_t n, int64_t num_rows, int64_t padding_idx,
+          int64_t vocab_start, int schedule, uint64_t seed, bool at_start, int* order, int* segment_ids,
+          int* segment_offsets, int* count, int* bits) {
   const Input<Id> ids(source, n, at_start);
+  const Input<bool> marks(ignored, ignored ? n : 0, at_start);
   const Output<uint32_t> keys_a(n, at_start), keys_b(n, at_start);
   const Output<int> order_a(n, at_start), order_b(n, at_start), counts(kMaxSegmentBlocks, at_start),
       id_list(n, at_start), offsets(n + 1, at_start), total(1, at_start);
@@ -153,7 +155,9 @@ void plan(const void* source, int64_t n, int64_t num_rows, int64_t padding_idx, 
                             counts.get(),                 id_list.get(),
                             offsets.get(),                total.get()};
   Launcher launcher(schedule, seed);
-  const int which = run_plan(launcher, ids.template as<Id>(), n, num_rows, padding_idx, vocab_start, buffers);
+  const PlanIds<Id> made_of{ids.template as<Id>(), ignored ? marks.template as<bool>() : nullptr, padding_idx, vocab_start,
+                            uint32_t(num_rows)};
+  const int which = run_plan(launcher, made_of, n, buffers);
   (which ? order_b : order_a).deliver(order);
   id_list.deliver(segment_ids);
   offsets.deliver(segment_offsets);
@@ -163,11 +167,11 @@ void plan(const void* source, int64_t n, int64_t num_rows, int64_t padding_idx, 
 
 }  // namespace
 
-extern "C" const char* shim_plan(const void* ids, int id_bytes, int64_t n, int64_t num_rows, int64_t padding_idx,
-                                 int64_t vocab_start, int schedule, uint64_t seed, int at_start, int* order,
-                                 int* segment_ids, int* segment_offsets, int* count, int* bits) {
+extern "C" const char* shim_plan(const void* ids, const bool* ignored, int id_bytes, int64_t n, int64_t num_rows,
+                                 int64_t padding_idx, int64_t vocab_start, int schedule, uint64_t seed, int at_start,
+                                 int* order, int* segment_ids, int* segment_offsets, int* count, int* bits) {
   error.clear();
-  (id_bytes == 4 ? plan<int32_t> : plan<int64_t>)(ids, n, num_rows, padding_idx, vocab_start, schedule, seed, at_start,
+  (id_bytes == 4 ? plan<int32_t> : plan<int64_t>)(ids, ignored, n, num_rows, padding_idx, vocab_start, schedule, seed, at_start,
                                                   order, segment_ids, segment_offsets, count, bits);
   return done();
 }
