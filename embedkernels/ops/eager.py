@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.parameter import Buffer, Parameter
+from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import record_function
+from torch.utils._device import DeviceContext
 
 _PLAIN = frozenset((Tensor, Parameter, Buffer))
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -61,11 +63,16 @@ def _watched() -> bool:
     # First what torch.compile takes for a constant: it cannot trace the others.
     if torch.compiler.is_compiling():
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and not _only_devices()):
         return True
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch._C._get_tracing_state() is not None
+
+
+def _only_devices() -> bool:
+    """Whether all function modes are those of ``torch.set_default_device``, which look at nothing else."""
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def _has_plain_keys(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from embedkernels.ops.eager import is_eager, signature
 from embedkernels.ops.embed_checks import check_call, position_rows
 from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings, at_places
 from embedkernels.ops.embedding import lookup, stock_lookup
-from embedkernels.ops.embedding_grad import normalized_padding
+from embedkernels.ops.embedding_plan import normalized_padding
 from embedkernels.reference import embed as reference
 from embedkernels.reference.sinusoids import MOST_POSITIONS
 

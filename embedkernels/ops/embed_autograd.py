@@ -161,7 +161,7 @@ def _scatter(source: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor
     return out
 
 
-_direct_scatter = shown_as("embedkernels::embedding_backward")(_grad._backward_impl)
+_direct_scatter = shown_as("embedkernels::embedding_backward")(_grad.backward)
 
 
 def _row_gradients(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embedkernels.ops.arguments import checked_int, checked_number
-from embedkernels.ops.embedding_grad import check_ids_tensor
+from embedkernels.ops.embedding_plan import check_ids_tensor
 from embedkernels.reference.sinusoids import LAYOUTS, MOST_POSITIONS
 
 # Products with it should be normal numbers in float32.
