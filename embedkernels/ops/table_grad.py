@@ -165,7 +165,8 @@ def _accumulate_later(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options
 
 def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) -> None:
     main_grad = getattr(weight, "main_grad", None)
-    into: Any = main_grad if isinstance(main_grad, Tensor) else weight.grad
+    kept_elsewhere = isinstance(main_grad, Tensor)
+    into: Tensor | None = main_grad if kept_elsewhere else weight.grad
     how: dict[str, Any] = {"scale_by_freq": options.scale_by_freq, "backend": options.backend}
     if into is None:
         weight.grad = _grad.dense_grad(rows, plan, **how)
@@ -173,11 +174,11 @@ def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) ->
         _grad.reduce_into(into, rows, plan, ACCUMULATE, **how)
     else:
         total = into + _grad.dense_grad(rows, plan, **how)
-        if into is main_grad:
+        if kept_elsewhere:
             into.copy_(total)  # whoever made it keeps it
         else:
             weight.grad = total.to(into.dtype)
-    if into is main_grad and hasattr(weight, "grad_added_to_main_grad"):
+    if kept_elsewhere and hasattr(weight, "grad_added_to_main_grad"):
         weight.grad_added_to_main_grad = True
 
 
