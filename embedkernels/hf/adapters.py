@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from embedkernels.hf.bodies import fingerprint_of, unwrapped_fingerprint
+from embedkernels.hf.bodies import fingerprint_of, undeprecated, unwrapped_fingerprint
 
 Recipe = Literal["stem", "inline", "scaled", "lookup"]
 
@@ -247,7 +247,7 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 class PositionTable(NamedTuple):
-    """An nn.Embedding of positions whose forward only counts them, from ``past_key_values_length`` on.
+    """An nn.Embedding of positions whose forward only counts them, from the number of tokens in a cache on.
 
     Attributes:
         example: a class that has it.
@@ -291,7 +291,7 @@ def adapter_for(cls: type[nn.Module]) -> Adapter | None:
     if inline is not None:
         return inline if unwrapped_fingerprint(cls.__dict__.get("forward")) in inline.bodies else None
     forward: Any = cls.__dict__.get("forward")
-    code = getattr(forward, "__code__", None)
+    code = getattr(undeprecated(forward), "__code__", None)
     if code is None or _NAMES.isdisjoint(code.co_names):
         return None
     adapter = _BY_BODY.get(fingerprint_of(forward))

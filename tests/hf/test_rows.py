@@ -21,6 +21,7 @@ from embedkernels.hf.adapters import ADAPTERS, POSITION_TABLES, adapter_for, pos
 from embedkernels.hf.bodies import fingerprint_of
 from embedkernels.hf.coverage import front_ends, models_folder
 from tests.contract import assert_within_contract
+from tests.hf.models import named_here
 
 VOCAB, WIDTH, POSITIONS, TYPES, PADDING = 60, 32, 40, 3, 1
 CONFIG = {
@@ -109,8 +110,9 @@ def _calls(module: nn.Module) -> dict[str, dict[str, object]]:
         calls["positions of one row"] = {"input_ids": ids, "position_ids": positions[:1]}
     if {"token_type_ids", "position_ids"} <= takes.keys():
         calls["both"] = {"input_ids": ids, "token_type_ids": types, "position_ids": positions}
-    if "past_key_values_length" in takes:
-        calls["past"] = {"input_ids": ids, "past_key_values_length": 4}
+    past = named_here("past_key_values_length", type(module).forward)
+    if past in takes:
+        calls["past"] = {"input_ids": ids, past: 4}
     if "mask" in takes:
         calls["mask"] = {"input_ids": ids, "mask": (ids != PADDING).long()}
         calls["mask of bools"] = {"input_ids": ids, "mask": ids != PADDING}
@@ -299,7 +301,10 @@ def test_an_unknown_argument_is_refused_by_stock_even_if_it_is_none():
 def test_position_tables_have_the_body_that_their_row_names(row):
     model, name = row.example.split(".")
     cls = vars(importlib.import_module(f"transformers.models.{model}.modeling_{model}"))[name]
-    assert position_table(cls) is row
+    found = position_table(cls)
+    assert found is not None
+    # Since transformers 5.24 Marian's forward is that of a learned table: it lets gradients through.
+    assert found is row or (model, found.example.split(".")[0]) == ("marian", "blenderbot")
 
 
 class Changed(nn.Module):
