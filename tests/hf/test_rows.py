@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import embedkernels as ek
@@ -21,7 +22,7 @@ from embedkernels.hf.adapters import ADAPTERS, POSITION_TABLES, adapter_for, pos
 from embedkernels.hf.bodies import fingerprint_of
 from embedkernels.hf.coverage import front_ends, models_folder
 from tests.contract import assert_within_contract
-from tests.hf.models import named_here
+from tests.hf.models import build, named_here
 
 VOCAB, WIDTH, POSITIONS, TYPES, PADDING = 60, 32, 40, 3, 1
 CONFIG = {
@@ -331,6 +332,32 @@ def test_a_forward_that_a_release_changes_is_not_fused(monkeypatch):
     # The body alone decides: with BERT's forward it has BERT's row.
     monkeypatch.setattr(Changed, "forward", _one("bert.BertEmbeddings").forward)
     assert adapter_for(Changed) is adapter_for(_one("bert.BertEmbeddings"))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_report_says_that_a_forward_is_not_known(alone, monkeypatch):
+    """In a model, and for a class that is a row's example wherever it is."""
+    name = "bert.BertEmbeddings" if alone else "electra.ElectraEmbeddings"
+    known, cls = _one(name), name.split(".")[1]
+    model = known(SimpleNamespace(**(CONFIG | dict.fromkeys(DROPOUTS, 0.0)))) if alone else build("electra")
+    monkeypatch.setattr(known, "forward", lambda self, *args, **kwargs: 2 * self.word_embeddings(*args, **kwargs))
+    with pytest.warns(UserWarning, match=f"{cls}: its forward is not known") as caught:
+        report = ek.patch(model, attention=False)
+    assert len(caught) == 1
+    path = "" if alone else "embeddings"
+    entry = next(entry for entry in report.entries if entry.path == path)
+    assert (entry.was, entry.now, entry.status) == (cls, cls, "left alone")
+    assert f"{cls}: its forward is not known in transformers {transformers.__version__}" in str(report)
+    others = [entry for entry in report.entries if entry.path != path]
+    assert len(others) == 3
+    assert all(entry.status == "patched" for entry in others)
+
+
+def test_a_model_with_one_table_and_no_row_is_nothing_to_note():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = ek.patch(build("llama"))
+    assert all(entry.status == "patched" for entry in report.entries)
 
 
 def test_a_forward_around_another_is_not_taken_for_it(monkeypatch):
