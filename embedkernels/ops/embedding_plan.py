@@ -21,8 +21,9 @@ from embedkernels.reference import embedding as reference
 
 _ID_DTYPES = (torch.int32, torch.int64)
 LIMIT = 2**31
-# Up to so many ids a plan is one launch, which takes less time than handing it to a second stream.
-_ONE_LAUNCH = 4096
+# Up to so many ids a plan is one launch (csrc/cuda/plan_small.cuh), which takes less time than handing it to a second
+# stream.
+_ONE_LAUNCH = 5120
 
 
 @dataclass(frozen=True)
