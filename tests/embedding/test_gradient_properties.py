@@ -1,7 +1,7 @@
 """What holds of the gradient whatever the sizes and the ids: errors not above PyTorch's, and equality with float64.
 
-Sizes are drawn up to 200,000 ids and a million rows, with D of no particular multiple, on the backends that are fast on
-the device at hand; Triton's interpreter gets smaller ones in test_modes.py.
+Sizes are drawn up to 200,000 ids and a million rows, with D of no particular multiple, on the backends that are fast
+on the device at hand; Triton's interpreter gets smaller ones in test_modes.py.
 """
 
 from __future__ import annotations
