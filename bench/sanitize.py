@@ -153,9 +153,9 @@ def launches() -> dict[str, Callable[[Any], None]]:
             for dtype, rounding in ((torch.float32, "nearest"), (bf16, "nearest"), (bf16, "stochastic")):
                 buffer = torch.ones(97, width, dtype=dtype, device=device)
                 ek.embedding_grad(rows.to(device), plan, out=buffer, rounding=rounding, **options)
-                close(buffer, wanted + 1, f"embedding_grad into {dtype}, {rounding}")
+                close(buffer, wanted + 1, f"embedding_grad, {rounding}, into {'bf16' if dtype == bf16 else 'fp32'}")
             found = ek.embedding_grad(rows.to(device), plan, mode="rows", **options)
-            close(found.to_sparse().to_dense(), wanted, "embedding_grad of rows")
+            close(found.to_sparse().to_dense(), wanted, "embedding_grad of rows in bf16")
 
         return launch
 

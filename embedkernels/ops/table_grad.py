@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedkernels.ops import embedding_grad as _grad
 from embedkernels.ops.backend import Backend, choose
-from embedkernels.ops.embedding_plan import EarlyPlan, EmbeddingPlan, early_plan
+from embedkernels.ops.embedding_plan import EarlyPlan, EmbeddingPlan, early_plan, make_plan
 from embedkernels.reference.embedding import ACCUMULATE, PADDED_ROWS, ROWS
 
 
@@ -31,20 +31,6 @@ class Options:
     plan: EmbeddingPlan | None
 
 
-def plans_early(device: torch.device, backend: str | None) -> Backend | None:
-    """The gradient's backend if it works from a plan; PyTorch's own CPU kernel does not."""
-    chosen = choose("embedding_grad", device, backend).backend
-    return None if chosen == "torch" and device.type == "cpu" else chosen
-
-
-def traced_plan(ids: Tensor, num_rows: int, padding: int, backend: str) -> tuple[Tensor, ...]:
-    """A plan's parts by an op, where a graph is made or an op is called by its name; none if none is needed."""
-    if plans_early(ids.device, backend) is None or ids.numel() == 0:
-        return ()
-    made: tuple[Tensor, ...] = torch.ops.embedkernels.embedding_plan(ids, num_rows, padding, 0, None, backend)
-    return made
-
-
 class Lookup(torch.autograd.Function):
     """Rows of a table, by ``forward(weight, ids, backend)``."""
 
@@ -54,9 +40,9 @@ class Lookup(torch.autograd.Function):
         out = forward(weight, ids, options.backend)
         if options.plan is not None:
             ctx.plan = EarlyPlan(options.plan)
-        elif ids.numel() > 0 and (chosen := plans_early(ids.device, options.backend)) is not None:
+        else:
             # Kept as it is, not as saved tensors, whose hooks would read what another stream is still writing.
-            ctx.plan = early_plan(ids, ctx.num_rows, options.padding, chosen)
+            ctx.plan = early_plan(ids, ctx.num_rows, options.padding, options.backend)
         if options.mode == "accumulate":
             ctx.weight = weight
         ctx.save_for_backward(ids)
@@ -76,7 +62,8 @@ class Lookup(torch.autograd.Function):
         if mode == "dense":
             return _dense(grad, ids, plan, ctx.num_rows, options), None, None, None
         if plan is None:
-            plan = early_plan(ids, ctx.num_rows, options.padding, "torch").ready()
+            chosen = choose("embedding_grad", ids.device, options.backend).backend
+            plan = make_plan(ids, ctx.num_rows, options.padding, backend=chosen)
         rows = grad.reshape(ids.numel(), grad.shape[-1])
         if mode == "accumulate":
             _accumulate_later(ctx.weight, rows, plan, options)
