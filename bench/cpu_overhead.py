@@ -3,7 +3,8 @@
 Both models are copies of one; their steps alternate, so that whatever else the machine does hits both. The figure is
 the ratio of the medians; the bootstrap interval says how far it can be trusted.
 
-    python -m bench.cpu_overhead [--repeats 60] [--batch 8] [--length 64] [--ids uniform] [--threads N] [--clock cpu] [--json FILE]
+    python -m bench.cpu_overhead [--repeats 60] [--batch 8] [--length 64] [--ids uniform] [--threads N]
+        [--clock cpu] [--json FILE]
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def main() -> None:
     )
     low, high = result["ratio_interval_95"]
     print(
-        f"forward + backward, B{options.batch} S{options.length}, {options.ids} ids, {result['environment']['threads']} threads, "
+        f"forward + backward, B{options.batch} S{options.length}, {options.ids} ids, "
+        f"{result['environment']['threads']} threads, "
         f"{options.repeats} pairs, {options.clock} time: stock {1e3 * result['median_seconds']['stock']:.2f} ms, "
         f"patched {1e3 * result['median_seconds']['patched']:.2f} ms, "
         f"ratio {result['ratio']:.4f} (95% interval {low:.4f} to {high:.4f})"
