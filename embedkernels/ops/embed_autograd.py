@@ -17,7 +17,7 @@ from embedkernels.ops import embed_launch as launch
 from embedkernels.ops import embedding_grad as _grad  # also defines torch.ops.embedkernels.embedding_backward
 from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings
-from embedkernels.ops.embedding_plan import EarlyPlan, early_plan
+from embedkernels.ops.embedding_plan import EmbeddingPlan, early_plan
 
 # The arguments of embed_forward that may get a gradient, of the 22 it has.
 _PLACES = {"weight": 1, "position_weight": 3, "type_weight": 8, "extra": 10, "norm_weight": 14, "norm_bias": 15}
@@ -137,7 +137,9 @@ def _gradients(ctx: Any, need: Needs, grad: Tensor | None) -> tuple[Tensor | Non
         if indices.packed is not None:
             grads = _packed_gradients(kind, need, rows, scaled, indices, scatter)
         else:
-            grads = _row_gradients(kind, need, rows, scaled, indices, scatter, ctx.plan if direct else None)
+            early = ctx.plan if direct else None
+            plan = None if early is None else early.ready()
+            grads = _row_gradients(kind, need, rows, scaled, indices, scatter, plan)
     return (
         *(grads.get(name) for name in ("weight", "position_weight", "type_weight", "extra")),
         weight_grad if need.norm_weight else None,
@@ -175,7 +177,7 @@ _planned = shown_as("embedkernels::embedding_grad")(_grad.dense_grad)
 
 def _row_gradients(
     kind: Kind, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor],
-    plan: EarlyPlan | None,
+    plan: EmbeddingPlan | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Of the parts of a row, from the gradients of all rows."""
     ids, position_ids, type_ids = indices.ids, indices.position_ids, indices.type_ids
@@ -184,7 +186,7 @@ def _row_gradients(
         if ids is None:
             grads["weight"] = scaled.view(kind.shape)
         elif plan is not None:
-            grads["weight"] = _planned(scaled, plan.ready())
+            grads["weight"] = _planned(scaled, plan)
         else:
             grads["weight"] = scatter(scaled, ids, kind.shape[0], kind.settings.padding_idx)
     # What is the same in every sequence is summed over the sequences first.

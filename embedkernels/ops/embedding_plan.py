@@ -187,17 +187,20 @@ class EarlyPlan:
 
     plan: EmbeddingPlan
     event: torch.cuda.Event | None = None
-    origin: torch.cuda.Stream | None = None
 
-    def ready(self) -> EmbeddingPlan:
-        """The plan, for launches on the current stream from now on."""
-        if self.event is not None and self.origin is not None:
-            current = torch.cuda.current_stream(self.plan.order.device)
-            current.wait_event(self.event)
-            # The memory goes back to the second stream, which waits for the origin's work before it uses it again.
-            if current != self.origin:
-                for part in self.plan.parts:
-                    part.record_stream(current)
+    def ready(self) -> EmbeddingPlan | None:
+        """The plan, for launches on the current stream from now on; None in a capture, which can wait for no event
+        from before it."""
+        if self.event is None:
+            return self.plan
+        device = self.plan.order.device
+        if id_errors.capturing(device):
+            return None
+        current = torch.cuda.current_stream(device)
+        current.wait_event(self.event)
+        # The memory belongs to the second stream, which PyTorch may hand out to others as well.
+        for part in self.plan.parts:
+            part.record_stream(current)
         return self.plan
 
 
@@ -212,7 +215,7 @@ def early_plan(ids: Tensor, num_rows: int, padding: int, requested: str | None) 
     the second stream: whoever needs the plan then makes it.
     """
     device = ids.device
-    if device.type != "cuda" or ids.numel() <= _ONE_LAUNCH or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or ids.numel() <= _ONE_LAUNCH or id_errors.capturing(device):
         return None
     backend = choose("embedding_grad", device, requested).backend
     origin = torch.cuda.current_stream(device)
@@ -224,7 +227,7 @@ def early_plan(ids: Tensor, num_rows: int, padding: int, requested: str | None) 
         plan = make_plan(ids, num_rows, padding, backend=backend)
         event = beside.record_event()
     ids.record_stream(beside)  # may be freed before the plan has read them
-    return EarlyPlan(plan, event, origin)
+    return EarlyPlan(plan, event)
 
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")
