@@ -22,12 +22,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedkernels.hf.adapters import ADAPTERS, LOOKUP, Adapter
+from embedkernels.hf.adapters import BY_BODY, LOOKUP, Adapter
 from embedkernels.hf.bodies import decorators, fingerprint
 from embedkernels.hf.rotary import BY_BODIES, Rotation, called_like_one
 
-_BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAPTERS if adapter.body is not None}
-_INLINE = {adapter.example: adapter for adapter in ADAPTERS if adapter.recipe == "inline"}
 _PLAIN = "nn.Embedding"
 _OF_TORCH = {"nn.Embedding", "nn.LayerNorm", "LayerNorm", "nn.Dropout"}
 # What configurations call the size of a vocabulary.
@@ -146,10 +144,9 @@ def _front_end(model: str, cls: ast.ClassDef, classes: dict[str, ast.ClassDef]) 
     }
     if not tables:
         return None
-    inline = _INLINE.get(f"{model}.{cls.name}")
-    if inline is not None and _body(cls) in inline.bodies:
-        return FrontEnd(model, cls.name, inline)
-    adapter, why = _BY_BODY.get(_body(cls)), ""
+    adapter, why = BY_BODY.get(_body(cls)), ""
+    if adapter is not None and adapter.recipe == "inline":
+        return FrontEnd(model, cls.name, adapter)
     if adapter is not None:
         parts = (adapter.norm, adapter.dropout, *adapter.tables)
         foreign = [
@@ -161,7 +158,7 @@ def _front_end(model: str, cls: ast.ClassDef, classes: dict[str, ast.ClassDef]) 
     kinds = dict.fromkeys(_class(call) for call in tables.values())
     if set(kinds) == {_PLAIN}:
         return FrontEnd(model, cls.name, LOOKUP, why)
-    scaled = [_BY_BODY.get(_body(classes[kind])) if kind in classes else None for kind in kinds if kind != _PLAIN]
+    scaled = [BY_BODY.get(_body(classes[kind])) if kind in classes else None for kind in kinds if kind != _PLAIN]
     if scaled and all(one is not None and one.recipe == "scaled" for one in scaled):
         return FrontEnd(model, cls.name, scaled[0])
     own = ", ".join(f"`{kind}`" for kind in kinds if kind != _PLAIN)
@@ -211,9 +208,9 @@ def _class(call: ast.Call) -> str:
     return ast.unparse(call.func)
 
 
-def _body(cls: ast.ClassDef) -> str | None:
+def _body(cls: ast.ClassDef) -> str:
     forward = _forward(cls)
-    return None if forward is None else fingerprint(forward)
+    return "" if forward is None else fingerprint(forward)
 
 
 def _forward(cls: ast.ClassDef) -> ast.FunctionDef | None:
