@@ -3,21 +3,22 @@
 Models copy their input embeddings from one another, so a row stands for a forward, not for a class: it holds the
 fingerprint of the source (``embedkernels.hf.bodies``), the attributes that hold the parts, and how they are put
 together. Every class of transformers with that forward has that row, new ones too, and a class whose forward a
-release changes has none. Models that have their embeddings in the middle of their own forward are rows by name, and
-by the fingerprints of their forwards that are known.
+release changes has none. The forward of a model that has its embeddings in the middle of it changes more often: its
+row holds the fingerprints of all that are known.
 Tables that no row covers are looked up one by one, which needs no row. Nothing of transformers is imported here.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from embedkernels.hf.bodies import fingerprint_of, undeprecated, unwrapped_fingerprint
+from embedkernels.hf.bodies import fingerprint_of, unwrapped_fingerprint
 
 Recipe = Literal["stem", "inline", "scaled", "lookup"]
 
@@ -27,18 +28,18 @@ class Adapter:
     """One row of the table.
 
     Attributes:
-        example: a class that has it, as ``"bert.BertEmbeddings"`` of transformers.models; for ``"inline"`` the one.
+        example: a class that has it, as ``"bert.BertEmbeddings"`` of transformers.models.
         recipe: ``"stem"``: a module of its own whose whole forward is one fused op. ``"inline"``: a model that adds
             positions, normalises or drops out at the start of its forward. ``"scaled"``: an nn.Embedding that
             multiplies its rows. ``"lookup"``: an nn.Embedding.
-        body: fingerprint of the forward; None for ``"inline"``.
-        bodies: of an inline model, the fingerprints of the forwards that are known to embed in this way.
+        bodies: fingerprints of the forwards that are known to embed in this way.
         tokens, positions, types, norm, dropout: attributes that hold the parts; None where there is none. An inline
             model's dropout may be a number.
         scale: attribute with the factor of the token rows; None where there is none.
         scaled_table: the token table of an inline model is a scaled one.
-        position_rule: where position ids come from if none are given: ``"arange"`` or, counting the tokens that are
-            not padding, ``"padding"``.
+        position_rule: where position ids come from if none are given: ``"arange"``, or, counting the tokens that are
+            not padding by their ids, ``"padding"``, or by the attention mask, ``"mask"``. The table of an inline
+            model may count by itself (:class:`embedkernels.hf.positions.PositionTable`).
         types_by_place: token types that are not given come from a buffer by place in the sequence, not by position.
         position_first: positions are added before types.
         dropout_first: dropout comes before the norm.
@@ -48,12 +49,14 @@ class Adapter:
         on: attributes that must be true if there are positions.
         unused: arguments that change nothing while ``off`` holds.
         bounded: stock refuses a sequence longer than the position table by itself.
+        whole_windows: stock pads a sequence that is not made of whole attention windows with rows of the token table.
+        dropout_again: the dropout module of an inline model is called once more, at the end of its forward.
         returns_positions: the forward returns the position ids as well.
     """
 
     example: str
     recipe: Recipe
-    body: str | None = None
+    bodies: tuple[str, ...] = ()
     tokens: str = "word_embeddings"
     positions: str | None = None
     types: str | None = None
@@ -61,7 +64,7 @@ class Adapter:
     dropout: str | None = None
     scale: str | None = None
     scaled_table: bool = False
-    position_rule: Literal["arange", "padding"] = "arange"
+    position_rule: Literal["arange", "padding", "mask"] = "arange"
     types_by_place: bool = False
     position_first: bool = False
     dropout_first: bool = False
@@ -71,8 +74,9 @@ class Adapter:
     on: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     bounded: bool = False
+    whole_windows: bool = False
+    dropout_again: bool = False
     returns_positions: bool = False
-    bodies: tuple[str, ...] = ()
 
     @functools.cached_property
     def tables(self) -> tuple[str, ...]:
@@ -106,11 +110,13 @@ def _stem(example: str, body: str, **parts: Any) -> Adapter:
         "norm": "LayerNorm",
         "dropout": "dropout",
     }
-    return Adapter(example, "stem", body, **(bert | parts))
+    return Adapter(example, "stem", (body,), **(bert | parts))
 
 
-def _inline(example: str, bodies: tuple[str, ...], tokens: str, positions: str | None, **parts: Any) -> Adapter:
-    return Adapter(example, "inline", None, tokens, positions, bodies=bodies, **parts)
+def _inline(example: str, bodies: tuple[str, ...], **parts: Any) -> Adapter:
+    """Token + position -> dropout by BART's names, but for what is given."""
+    bart = {"tokens": "embed_tokens", "positions": "embed_positions", "dropout": "dropout"}
+    return Adapter(example, "inline", bodies, **(bart | parts))
 
 
 _TOKEN_AND_POSITION = {
@@ -188,22 +194,30 @@ ADAPTERS: tuple[Adapter, ...] = (
     ),
     _stem("funnel.FunnelEmbeddings", "3f2a43946588", positions=None, types=None, norm="layer_norm"),
     # Scaled rows: by a number, and by a number in the weight's dtype.
-    Adapter("bart.BartScaledWordEmbedding", "scaled", "e8fdd4d0918f", tokens="", scale="embed_scale"),
-    Adapter("gemma.GemmaTextScaledWordEmbedding", "scaled", "9f05a2901a2b", tokens="", scale="embed_scale"),
-    # Models with their embeddings in their own forward, as transformers 5.17 and 5.23 have it.
-    _inline("gpt2.GPT2Model", ("182d85b2f1f0",), "wte", "wpe", dropout="drop"),
-    _inline("gpt_neo.GPTNeoModel", ("7dfdaa013a0d",), "wte", "wpe", dropout="drop"),
-    _inline("gpt_bigcode.GPTBigCodeModel", ("bdc3ac55faa9",), "wte", "wpe", dropout="drop"),
-    _inline(
-        "bloom.BloomModel",
-        ("abc06a0c5bdc", "44af11e1a8c3"),
-        "word_embeddings",
-        None,
-        norm="word_embeddings_layernorm",
-    ),
+    Adapter("bart.BartScaledWordEmbedding", "scaled", ("e8fdd4d0918f",), tokens="", scale="embed_scale"),
+    Adapter("gemma.GemmaTextScaledWordEmbedding", "scaled", ("9f05a2901a2b",), tokens="", scale="embed_scale"),
+    # Models with their embeddings in their own forward, as transformers 5.17 to 5.24 have it.
     *(
-        _inline(example, bodies, "embed_tokens", "embed_positions", dropout="dropout", **parts)
+        _inline(example, bodies, **parts)
         for parts, examples in (
+            (
+                {"tokens": "wte", "positions": "wpe", "dropout": "drop"},
+                {
+                    "gpt2.GPT2Model": ("182d85b2f1f0",),
+                    "gpt_neo.GPTNeoModel": ("7dfdaa013a0d",),
+                    "gpt_bigcode.GPTBigCodeModel": ("bdc3ac55faa9",),
+                    "imagegpt.ImageGPTModel": ("b163b05a7046", "7be30fa79c3e"),
+                },
+            ),
+            (
+                {
+                    "tokens": "word_embeddings",
+                    "positions": None,
+                    "norm": "word_embeddings_layernorm",
+                    "dropout": None,
+                },
+                {"bloom.BloomModel": ("abc06a0c5bdc", "44af11e1a8c3")},
+            ),
             (
                 {"norm": "layernorm_embedding", "scaled_table": True},
                 {
@@ -211,25 +225,52 @@ ADAPTERS: tuple[Adapter, ...] = (
                     "bart.BartDecoder": ("2de809f3ba09", "bcb3397c5af7"),
                     "mbart.MBartEncoder": ("53d92ad22247", "590d699a8be0"),
                     "mbart.MBartDecoder": ("cb93dc25f9de", "3c05777c82b9"),
-                    "plbart.PLBartEncoder": ("7e4c4f078345", "c0a5b1dbd33c"),
-                    "plbart.PLBartDecoder": ("2de809f3ba09", "bcb3397c5af7"),
                 },
+            ),
+            (
+                {"norm": "layernorm_embedding", "optional": ("layernorm_embedding",), "scaled_table": True},
+                {"trocr.TrOCRDecoder": ("80004fb92da2", "9171cc05ae62")},
             ),
             (
                 {"norm": "layernorm_embedding", "scale": "embed_scale"},
                 {
                     "mvp.MvpEncoder": ("6daa6d345914", "f02907b9a491"),
                     "mvp.MvpDecoder": ("7fad02e29bbe", "685fd31a8e45"),
+                    "blenderbot_small.BlenderbotSmallEncoder": ("7a543cc1a2fa", "a8cb249b6353"),
                 },
+            ),
+            (
+                # Its positions and its dropout come after the norm: they stay stock.
+                {"positions": None, "norm": "layernorm_embedding", "dropout": None},
+                {"blenderbot_small.BlenderbotSmallDecoder": ("5e96d883e160", "b43d6174b2cf")},
+            ),
+            (
+                {"norm": "layernorm_embedding"},
+                {"led.LEDDecoder": ("306e6b47b853", "a448db84391f")},
+            ),
+            (
+                {"norm": "layernorm_embedding", "whole_windows": True},
+                {"led.LEDEncoder": ("285031966f8e", "4865899a6b55")},
             ),
             (
                 {"scaled_table": True},
                 {
                     "bigbird_pegasus.BigBirdPegasusEncoder": ("2b69c950dfb8", "547c9c8e88e4"),
                     "bigbird_pegasus.BigBirdPegasusDecoder": ("fd07fcc38c3b", "9eb36cecf090"),
+                    "biogpt.BioGptModel": ("2e20d539ee4a", "7306e589a577"),
                     "blenderbot.BlenderbotEncoder": ("007eadcb02df", "420e4bd7812c"),
                     "blenderbot.BlenderbotDecoder": ("90a696b37b9e", "9b312f0ff05b"),
+                    "m2m_100.M2M100Encoder": ("dd44f6ec757a", "4e00d4083a84"),
+                    "m2m_100.M2M100Decoder": ("659c42e662fd", "4b97300f0964"),
+                    "nllb_moe.NllbMoeEncoder": ("020817313351", "b048ed11b463"),
+                    "nllb_moe.NllbMoeDecoder": ("6aa17aa60c3e", "a84678182d0c"),
+                    "seamless_m4t.SeamlessM4TDecoder": ("99a4320b1f7f", "2d44b678e919"),
+                    "xglm.XGLMModel": ("9302987ebd66", "176073a7a4c5"),
                 },
+            ),
+            (
+                {"scaled_table": True, "off": ("is_t2u_encoder",)},
+                {"seamless_m4t.SeamlessM4TEncoder": ("3870f8bd8f97", "fd77cdc75f87")},
             ),
             (
                 {"scale": "embed_scale"},
@@ -240,62 +281,52 @@ ADAPTERS: tuple[Adapter, ...] = (
                     "marian.MarianDecoder": ("807411de5e74", "aad7836c6d60"),
                 },
             ),
+            (
+                {},
+                {"whisper.WhisperDecoder": ("753b3ea19c95", "8b865b273cac")},
+            ),
+            (
+                {"dropout": None, "position_rule": "mask", "off": ("project_in",)},
+                {"opt.OPTDecoder": ("b745f9a71464", "7fd5523ad169")},
+            ),
+            (
+                {"positions": None, "dropout_again": True},
+                {
+                    "longt5.LongT5Stack": ("d8b8237196f7",),
+                    "pix2struct.Pix2StructTextModel": ("c19119d4bcba",),
+                    "pop2piano.Pop2PianoStack": ("58d997f01148",),
+                    "switch_transformers.SwitchTransformersStack": ("39e2d2f0d938",),
+                    "t5.T5Stack": ("d5859aacd702",),
+                    "umt5.UMT5Stack": ("78da4770d061",),
+                },
+            ),
         )
         for example, bodies in examples.items()
     ),
 )
 
 
-class PositionTable(NamedTuple):
-    """An nn.Embedding of positions whose forward only counts them, from the number of tokens in a cache on.
-
-    Attributes:
-        example: a class that has it.
-        body: fingerprint of the forward.
-        offset: attribute with what is added to every position; None for nothing.
-        learned: whether gradients reach the table.
-    """
-
-    example: str
-    body: str
-    offset: str | None
-    learned: bool
-
-
-POSITION_TABLES = (
-    PositionTable("bart.BartLearnedPositionalEmbedding", "8782d1730dfe", "offset", True),
-    PositionTable("blenderbot.BlenderbotLearnedPositionalEmbedding", "953ba78701c5", None, True),
-    PositionTable("marian.MarianSinusoidalPositionalEmbedding", "6b9d268e2aaa", None, False),
-)
-
 _PACKAGE = "transformers.models."
-_BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAPTERS if adapter.body is not None}
-_INLINE = {adapter.example: adapter for adapter in ADAPTERS if adapter.body is None}
+BY_BODY = {body: adapter for adapter in ADAPTERS for body in adapter.bodies}
 _EXAMPLES = frozenset(adapter.example for adapter in ADAPTERS)
-_POSITIONS: dict[str | None, PositionTable] = {table.body: table for table in POSITION_TABLES}
 # A forward that names none of these is of no row: its source need not be read.
 _NAMES = frozenset(
-    name
-    for adapter in ADAPTERS
-    for name in (
-        adapter.tokens if adapter.recipe == "stem" else adapter.scale if adapter.recipe == "scaled" else None,
-    )
-    if name is not None
+    name for adapter in ADAPTERS if (name := adapter.scale if adapter.recipe == "scaled" else adapter.tokens)
 )
 
 
 def adapter_for(cls: type[nn.Module]) -> Adapter | None:
     """The row of a class of transformers, by its own forward; None for any other class, subclasses of these too."""
-    if not _of_transformers(cls):
+    if not of_transformers(cls):
         return None
-    inline = _INLINE.get(f"{cls.__module__.removeprefix(_PACKAGE).split('.')[0]}.{cls.__qualname__}")
-    if inline is not None:
-        return inline if unwrapped_fingerprint(cls.__dict__.get("forward")) in inline.bodies else None
     forward: Any = cls.__dict__.get("forward")
-    code = getattr(undeprecated(forward), "__code__", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
     if code is None or _NAMES.isdisjoint(code.co_names):
         return None
-    adapter = _BY_BODY.get(fingerprint_of(forward))
+    adapter = BY_BODY.get(unwrapped_fingerprint(forward) or "")
+    # Of modules nothing but the decorators for renamed keywords is looked through.
+    if adapter is not None and adapter.recipe != "inline" and fingerprint_of(forward) not in adapter.bodies:
+        return None
     # A scaled table is an nn.Embedding; nothing else has this forward, or it would not be known what it scales.
     if adapter is not None and adapter.recipe == "scaled" and cls.__mro__[1] is not nn.Embedding:
         return None
@@ -305,20 +336,13 @@ def adapter_for(cls: type[nn.Module]) -> Adapter | None:
 def lost(cls: type[nn.Module]) -> bool:
     """Whether a class of transformers is the example of a row, but has another forward than the row stands for."""
     named = f"{cls.__module__.removeprefix(_PACKAGE).split('.')[0]}.{cls.__qualname__}"
-    return named in _EXAMPLES and _of_transformers(cls) and adapter_for(cls) is None
+    return named in _EXAMPLES and of_transformers(cls) and adapter_for(cls) is None
 
 
-def _of_transformers(cls: type) -> bool:
+def of_transformers(cls: type) -> bool:
     """Whether a class is one of transformers' models', and still what its module calls by that name."""
     module = cls.__module__
     return module.startswith(_PACKAGE) and getattr(sys.modules.get(module), cls.__qualname__, None) is cls
-
-
-def position_table(cls: type) -> PositionTable | None:
-    """The row of a class that looks positions up."""
-    if not _of_transformers(cls) or cls.__mro__[1] is not nn.Embedding:
-        return None
-    return _POSITIONS.get(fingerprint_of(cls.__dict__["forward"]) if "forward" in cls.__dict__ else None)
 
 
 def base_of(cls: type[nn.Module]) -> type[nn.Module] | None:

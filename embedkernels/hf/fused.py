@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedkernels.hf import guards, rotary, state
+from embedkernels.hf import guards, positions, rotary, state
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
 from embedkernels.hf.bodies import RENAMED, in_deprecations
 from embedkernels.hf.state import is_marked
@@ -213,17 +213,6 @@ def _misfit(call: dict[str, Any], adapter: Adapter, understood: frozenset[Any]) 
     return None
 
 
-def _positions(past: Any, input_ids: Tensor, first: int = 0) -> tuple[Tensor | None, int]:
-    """Position ids for S tokens after ``past``, and a start: ids are needed only where the past is on the device.
-
-    ``first`` is the position of the first token there was.
-    """
-    if isinstance(past, Tensor):
-        count = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
-        return (count + past.to(input_ids.device)).unsqueeze(0), 0
-    return None, past + first
-
-
 _STEM_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids", "inputs_embeds"})
 
 
@@ -259,15 +248,15 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
 
         input_ids, position_ids = call["input_ids"], call.get("position_ids")
         start = 0
-        positions = self._modules.get(adapter.positions)
-        if positions is None:
+        table = self._modules.get(adapter.positions)
+        if table is None:
             position_ids = None
-        elif adapter.bounded and input_ids.shape[1] > positions.weight.shape[0]:
+        elif adapter.bounded and input_ids.shape[1] > table.weight.shape[0]:
             return stock_forward(self, *args, **kwargs)  # which raises
         elif position_ids is None and adapter.position_rule == "padding":
             position_ids = from_padding(self, input_ids, past)
         elif position_ids is None:
-            position_ids, start = _positions(past, input_ids, state.first_position(self))
+            position_ids, start = positions.counted(past, input_ids, state.first_position(self))
         mask = None if adapter.mask is None else call.get(adapter.mask)
         output = _embed(self, adapter, input_ids, position_ids, start, call.get("token_type_ids"), mask)
         return (output, position_ids) if adapter.returns_positions else output
@@ -277,13 +266,15 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
 
 def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Tensor]:
     """How the stock forward counts tokens that are not padding: with a method or with a function of its module."""
-    name = "create_position_ids_from_input_ids"
     names: dict[str, Any] = getattr(stock_forward, "__globals__", {})
     parameters = inspect.signature(stock_forward).parameters
     with_past = _as_it_is_called("past_key_values_length", parameters) is not None
 
     def count(module: Any, input_ids: Tensor, past: Any) -> Tensor:
-        function = getattr(module, name, None) or names[name]
+        function = getattr(module, positions.COUNT, None) or names[positions.COUNT]
+        # Inductor fuses what stock does.
+        if not torch.compiler.is_compiling() and positions.known_count(function, module.padding_idx, past):
+            return positions.padding_counted(input_ids, module.padding_idx, past)
         arguments = (input_ids, module.padding_idx, past) if with_past else (input_ids, module.padding_idx)
         ids: Tensor = function(*arguments)
         return ids
@@ -293,14 +284,14 @@ def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Te
 
 def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any], past: Any) -> str | None:
     """Why the buffers that stock would take ids from do not hold all that this call needs."""
-    positions = module._modules.get(adapter.positions)
-    if positions is None:
+    table = module._modules.get(adapter.positions)
+    if table is None:
         return None
     given = call.get("position_ids") is not None
     end = None if given or isinstance(past, Tensor) else past + call["input_ids"].shape[1]
     if end is not None and adapter.position_rule == "padding":
         end += module.padding_idx + 1  # where positions start
-    read, rows = [], positions.weight.shape[0]
+    read, rows = [], table.weight.shape[0]
     if not given and adapter.position_rule == "arange":
         read.append("position_ids")
     if adapter.types is not None and call.get("token_type_ids") is None:
@@ -323,7 +314,7 @@ def _embed(
 ) -> Tensor:
     parts: dict[str | None, Any] = module._modules
     tokens = parts[adapter.tokens]
-    positions, types, norm, dropout = (
+    places, types, norm, dropout = (
         parts.get(name) for name in (adapter.positions, adapter.types, adapter.norm, adapter.dropout)
     )
     if dropout is not None:
@@ -334,7 +325,7 @@ def _embed(
         ids,
         tokens.weight,
         scale=scale,
-        position_weight=None if positions is None else positions.weight,
+        position_weight=None if places is None else positions.rows(places),
         position_ids=position_ids,
         position_start=start,
         type_weight=None if types is None else types.weight,
@@ -348,7 +339,7 @@ def _embed(
         dropout_first=adapter.dropout_first,
         mask=mask,
         padding_idx=tokens.padding_idx,
-        position_padding_idx=None if positions is None else positions.padding_idx,
+        position_padding_idx=places.padding_idx if isinstance(places, nn.Embedding) else None,
     )
     # The one hook that the guards let pass wants this of the lookup's output, for activation checkpointing.
     if tokens._forward_hooks and torch.is_grad_enabled() and not output.requires_grad:
@@ -367,6 +358,15 @@ def _scale(module: Any, adapter: Adapter) -> tuple[float, str | None]:
     if row is not None and scale != 1.0 and factor != 1.0:
         return 1.0, "its token rows have two factors"  # two roundings
     return scale * factor, reason
+
+
+def _windows(module: Any, adapter: Adapter, input_ids: Tensor) -> str | None:
+    """Why stock pads this call in the middle of its embeddings, or None."""
+    if not adapter.whole_windows:
+        return None
+    window: Any = module.config.attention_window
+    size = window if isinstance(window, int) else max(window)
+    return f"its sequences are padded to whole attention windows, of {size}" if input_ids.shape[1] % size else None
 
 
 def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
@@ -392,10 +392,18 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         reason = _misfit(call, adapter, frozenset(call))
         if call.get("token_type_ids") is not None:
             reason = "token_type_ids is given: it is looked up in the token table and added after the positions"
-        reason = reason or guards.problem(self, adapter)
-        scale = 1.0
+        reason = reason or guards.problem(self, adapter) or _windows(self, adapter, call["input_ids"])
+        scale, position_ids, start = 1.0, None, 0
         if reason is None:
             scale, reason = _scale(self, adapter)
+        table = self._modules.get(adapter.positions)
+        if reason is None and table is not None:
+            cache = None if cache_name is None else call.get(cache_name)
+            past = 0 if cache is None else cache.get_seq_length()
+            given = call.get("position_ids") if takes_positions else None
+            position_ids, start, reason = positions.places(
+                table, adapter.position_rule, call["input_ids"], given, past, call.get("attention_mask")
+            )
         if reason is not None:
             guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, *args, **kwargs)
@@ -403,17 +411,6 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         input_ids = call["input_ids"]
         if warns:
             self.warn_if_padding_and_no_attention_mask(input_ids, call.get("attention_mask"))
-        position_ids, start = call.get("position_ids") if takes_positions else None, 0
-        positions = self._modules.get(adapter.positions)
-        if positions is not None:
-            offset = guards.position_offset(positions)
-            if position_ids is None:
-                cache = None if cache_name is None else call.get(cache_name)
-                position_ids, start = _positions(0 if cache is None else cache.get_seq_length(), input_ids, offset)
-            elif offset:
-                position_ids = position_ids + offset
-        else:
-            position_ids = None
         embeds = _embed(self, adapter, input_ids, position_ids, start, None, scale=scale)
         view = _ModelView(self, adapter, stock_class(self).__name__)
         output = stock_forward(view, **{**call, "input_ids": None, "inputs_embeds": embeds})
@@ -450,17 +447,16 @@ class _ModelView:
 
     def __init__(self, model: nn.Module, adapter: Adapter, name: str) -> None:
         hidden = self.__dict__
-        hidden.update(_model=model, _name=name, _calls=[], _number=None)
-        hidden["_expected"] = [
-            part for part in (adapter.positions, adapter.norm, adapter.dropout) if part is not None
-        ]
+        hidden.update(_model=model, _name=name, _calls=[], _number=None, _again=adapter.dropout_again)
+        parts = [part for part in (adapter.norm, adapter.dropout) if getattr(model, part or "", None) is not None]
+        hidden["_expected"] = [*([adapter.positions] if adapter.positions else []), *parts]
         if adapter.positions is not None:
             hidden[adapter.positions] = self._add_nothing
             hidden["_positions"] = adapter.positions
-        for part in (adapter.norm, adapter.dropout):
+        for part in parts:
             if part in model._modules:
                 hidden[str(part)] = functools.partial(self._pass, part)
-            elif part is not None:
+            else:
                 hidden["_number"] = part
         if adapter.scale is not None:
             hidden[adapter.scale] = _Done()
@@ -470,6 +466,9 @@ class _ModelView:
         return _Done()
 
     def _pass(self, part: str, hidden_states: Tensor) -> Tensor:
+        if self._again and part in self._calls:
+            output: Tensor = self._model._modules[part](hidden_states)
+            return output
         self._calls.append(part)
         return hidden_states
 

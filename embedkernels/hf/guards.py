@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from embedkernels.hf import state
-from embedkernels.hf.adapters import Adapter, adapter_for, position_table
+from embedkernels.hf.adapters import Adapter, adapter_for
+from embedkernels.hf.positions import position_table, rows
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.backend import makes_a_program, needs_stock_autograd
 from embedkernels.ops.embedding_grad import DTYPES
@@ -72,11 +73,12 @@ def embedding_problem(part: Any, name: str, adapter: Adapter) -> str | None:
     """Why the lookup in ``part`` is not one that a fused forward does, or None if it is."""
     if not looks_up_plainly(part) and not (adapter.recipe == "inline" and _known(part, name == adapter.positions)):
         return _not_a(nn.Embedding, part, name)
-    reason = _unusual(part, name)
+    reason = _unusual(part, name) if isinstance(part, nn.Embedding) else None
     if reason is not None:
         return reason
-    if type(part.weight) not in _PLAIN:
-        return f"{name}.weight is a {type(part.weight).__name__}, not a plain parameter"
+    weight = rows(part)
+    if type(weight) not in _PLAIN:
+        return f"{name}.weight is a {type(weight).__name__}, not a plain parameter"
     return None
 
 
@@ -84,15 +86,9 @@ def _known(part: Any, positions: bool) -> bool:
     """Whether an inline model's table is of a class whose forward has a row."""
     if positions:
         row = position_table(type(part))
-        return row is not None and (row.learned or not part.weight.requires_grad)
+        return row is not None and (row.learned or not rows(part).requires_grad)
     scaled = adapter_for(getattr(type(part), "_embedkernels_stock", type(part)))
     return scaled is not None and scaled.recipe == "scaled"
-
-
-def position_offset(part: Any) -> int:
-    """What a table of positions adds to each of them."""
-    row = None if looks_up_plainly(part) else position_table(type(part))
-    return 0 if row is None or row.offset is None else int(getattr(part, row.offset))
 
 
 def lookup_problem(part: Any, ids: torch.Tensor | None = None) -> str | None:
@@ -194,7 +190,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         reason = embedding_problem(part, name, adapter) or _watched(part, name)
         if reason is not None:
             return reason
-        weight = part.weight
+        weight = rows(part)
         read.append(weight)
         if dtype is None:
             dtype, device = weight.dtype, weight.device
@@ -202,8 +198,8 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
             return f"{name} differs in dtype or device from {adapter.tokens}"
         if name == adapter.types and part.padding_idx is not None:
             return f"{name} has a padding_idx"
-    if adapter.norm is not None:
-        norm = parts.get(adapter.norm)
+    norm = parts.get(str(adapter.norm))
+    if adapter.norm is not None and not (norm is None and adapter.norm in adapter.optional):
         if type(norm) is not nn.LayerNorm:
             return _not_a(nn.LayerNorm, norm, adapter.norm)
         reason = _watched(norm, adapter.norm)

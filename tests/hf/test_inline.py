@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 
 import embedkernels as ek
 from embedkernels.hf import fused
-from embedkernels.hf.adapters import ADAPTERS
+from embedkernels.hf.adapters import ADAPTERS, Adapter, adapter_for
+from embedkernels.hf.coverage import front_ends, models_folder
 from tests.contract import assert_within_contract
 
-VOCAB, POSITIONS = 60, 40
+VOCAB, WIDTH, POSITIONS, WINDOW = 60, 32, 40, 4
 _IDS = {
     "vocab_size": VOCAB,
     "pad_token_id": 1,
@@ -25,7 +27,7 @@ _IDS = {
     "forced_eos_token_id": None,
 }
 _SEQ2SEQ = _IDS | {
-    "d_model": 32,
+    "d_model": WIDTH,
     "encoder_layers": 1,
     "decoder_layers": 1,
     "encoder_attention_heads": 2,
@@ -34,50 +36,98 @@ _SEQ2SEQ = _IDS | {
     "decoder_ffn_dim": 48,
     "max_position_embeddings": POSITIONS,
     "scale_embedding": True,
-    "attention_type": "original_full",
+    "attention_dropout": 0.0,
 }
-_GPT_NEO = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
-_BIG_CODE = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS, "attn_pdrop": 0.0}
-_GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS, "attn_pdrop": 0.0}
+_T5 = _IDS | {"d_model": WIDTH, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "use_cache": False}
+_GPT2 = _IDS | {"n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS, "attn_pdrop": 0.0}
+_SEAMLESS = _SEQ2SEQ | {"hidden_size": WIDTH, "activation_dropout": 0.0}
+_DECODER = _IDS | {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": POSITIONS,
+}
 
-# By the example of the row: class of the model, and settings but for the dropout of the embeddings.
-MODELS = {
-    "gpt2.GPT2Model": ("GPT2", _IDS | _GPT2, "embd_pdrop"),
-    "gpt_neo.GPTNeoModel": ("GPTNeo", _IDS | _GPT_NEO | {"max_position_embeddings": POSITIONS}, "embed_dropout"),
-    "gpt_bigcode.GPTBigCodeModel": ("GPTBigCode", _IDS | _BIG_CODE, "embd_pdrop"),
-    "bloom.BloomModel": ("Bloom", _IDS | {"hidden_size": 32, "n_layer": 1, "n_head": 2}, "hidden_dropout"),
-    **{
-        f"{row.example}": (
-            row.example.split(".")[1].removesuffix("Encoder").removesuffix("Decoder"),
-            _SEQ2SEQ,
-            "dropout",
-        )
-        for row in ADAPTERS
-        if row.recipe == "inline" and row.example.endswith("coder")
-    },
+# By folder: settings, and what they call the dropout of the embeddings.
+SETTINGS: dict[str, tuple[dict[str, object], str]] = {
+    "bigbird_pegasus": (_SEQ2SEQ | {"attention_type": "original_full"}, "dropout"),
+    "biogpt": (_DECODER | {"scale_embedding": True, "attention_probs_dropout_prob": 0.0}, "hidden_dropout_prob"),
+    "bloom": (_IDS | {"hidden_size": WIDTH, "n_layer": 1, "n_head": 2}, "hidden_dropout"),
+    "gpt2": (_GPT2, "embd_pdrop"),
+    "gpt_bigcode": (_GPT2, "embd_pdrop"),
+    "gpt_neo": (
+        _DECODER | {"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+        "embed_dropout",
+    ),
+    "imagegpt": (_GPT2, "embd_pdrop"),
+    "led": (
+        _SEQ2SEQ
+        | {
+            "attention_window": [WINDOW],
+            "max_encoder_position_embeddings": POSITIONS,
+            "max_decoder_position_embeddings": POSITIONS,
+        },
+        "dropout",
+    ),
+    "longt5": (_T5 | {"local_radius": 3}, "dropout_rate"),
+    "mt5": (_T5, "dropout_rate"),
+    "nllb_moe": (_SEQ2SEQ | {"num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0}, "dropout"),
+    "opt": (
+        _DECODER | {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "attention_dropout": 0.0},
+        "dropout",  # of its layers alone
+    ),
+    "pix2struct": (_T5 | {"hidden_size": WIDTH, "initializer_range": 0.02}, "dropout_rate"),
+    "pop2piano": (_T5, "dropout_rate"),
+    "seamless_m4t": (_SEAMLESS, "dropout"),
+    "seamless_m4t_v2": (_SEAMLESS, "dropout"),
+    "switch_transformers": (_T5 | {"num_experts": 2, "num_sparse_encoder_layers": 0}, "dropout_rate"),
+    "t5": (_T5, "dropout_rate"),
+    "trocr": (_SEQ2SEQ | {"hidden_size": WIDTH, "activation_function": "gelu"}, "dropout"),
+    "umt5": (_T5, "dropout_rate"),
+    "whisper": (_SEQ2SEQ | {"max_target_positions": POSITIONS}, "dropout"),
+    "xglm": (_SEQ2SEQ | {"ffn_dim": 48, "num_layers": 1, "attention_heads": 2}, "dropout"),
 }
-BY_NAME = pytest.mark.parametrize("name", MODELS)
-DECODER_ONLY = [name for name in MODELS if not name.endswith("coder")]
-SEQ2SEQ = sorted({name for name in MODELS if name.endswith("Encoder")})
+FOUND = sorted(
+    f"{one.model}.{one.cls}"
+    for one in front_ends(models_folder())
+    if one.adapter is not None and one.adapter.recipe == "inline"
+)
+BY_NAME = pytest.mark.parametrize("name", FOUND)
+ENCODERS = ("Encoder", "Stack")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def _build(name: str, dropout: float, dtype: torch.dtype) -> nn.Module:
-    model, settings, of_dropout = MODELS[name]
-    config = getattr(transformers, f"{model}Config")(**settings, **{of_dropout: dropout})
+def _class(name: str) -> type[nn.Module]:
+    model, cls = name.split(".")
+    found: type[nn.Module] = vars(importlib.import_module(f"transformers.models.{model}.modeling_{model}"))[cls]
+    return found
+
+
+def _row(name: str) -> Adapter:
+    row = adapter_for(_class(name))
+    assert row is not None
+    return row
+
+
+def _build(name: str, dropout: float, dtype: torch.dtype, **settings: object) -> nn.Module:
+    cls = _class(name)
+    of_text = name == "pp_formulanet.PPFormulaNetTextModel"
+    config = transformers.PPFormulaNetTextConfig if of_text else cls.config_class
+    given, of_dropout = SETTINGS.get(name.split(".")[0], (_SEQ2SEQ, "dropout"))
     torch.manual_seed(0)
-    built = getattr(transformers, f"{model}Model")(config)
+    built = cls(config(**{**given, of_dropout: dropout, **settings}))
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    if name.endswith("coder"):
-        built = getattr(built, name[-7:].lower())
     return built.to(dtype).train()
 
 
-def _pair(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
-    stock = _build(name, dropout, dtype)
+def _pair(
+    name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **settings: object
+) -> tuple[nn.Module, nn.Module]:
+    stock = _build(name, dropout, dtype, **settings)
     patched = copy.deepcopy(stock)
     entry = ek.patch(patched, strict=True).entries[0]
     assert (entry.path, entry.status) == ("", "patched"), entry
@@ -86,18 +136,33 @@ def _pair(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -
 
 
 def _ids() -> torch.Tensor:
-    ids = torch.randint(4, VOCAB, (3, 7))
+    ids = torch.randint(4, VOCAB, (3, 2 * WINDOW))
     ids[:, :2] = 5
     return ids
 
 
+def _first(output):
+    """The last hidden state, or what a model with a head of its own gives."""
+    return output.last_hidden_state if "last_hidden_state" in output else output.logits
+
+
 def _run(model, **call):
     torch.manual_seed(1)
-    output = model(**call).last_hidden_state
+    output = _first(model(**call))
     model.zero_grad()
     torch.manual_seed(2)
     output.backward(torch.randn(output.shape).to(output))
     return output.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def _exact(model, **call):
+    """Run a copy in float64. XGLM makes a tensor of the default dtype that has to hold float64's least number."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        output, gradients = _run(copy.deepcopy(model).double(), **call)
+        return output, {key: gradient.double() for key, gradient in gradients.items()}  # a router's is float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _fused(model, **call):
@@ -107,14 +172,13 @@ def _fused(model, **call):
         return _run(model, **call)
 
 
-def test_every_row_has_a_model_here():
-    assert MODELS.keys() == {row.example for row in ADAPTERS if row.recipe == "inline"}
+def test_every_row_has_a_class_here():
+    assert {_row(name).example for name in FOUND} == {row.example for row in ADAPTERS if row.recipe == "inline"}
 
 
 @BY_NAME
 def test_the_row_says_whether_tokens_are_scaled(name):
-    patched = _pair(name)[1]
-    row = next(one for one in ADAPTERS if one.example == name)
+    patched, row = _pair(name)[1], _row(name)
     assert row.scaled_table == (type(patched._modules[row.tokens]) is not nn.Embedding)
     scale, reason = fused._scale(patched, row)
     assert reason is None
@@ -129,7 +193,7 @@ def test_outputs_are_bit_equal_and_gradients_keep_the_contract(name, dtype):
     expected, theirs = _run(stock, input_ids=ids)
     output, ours = _fused(patched, input_ids=ids)
     assert torch.equal(output, expected)
-    _, exact = _run(copy.deepcopy(stock).double(), input_ids=ids)
+    _, exact = _exact(stock, input_ids=ids)
     assert ours.keys() == theirs.keys() == exact.keys()
     for key in ours:
         assert_within_contract(ours[key], theirs[key], exact[key], key)
@@ -154,7 +218,7 @@ def test_the_table_has_no_gradient_at_padding(name):
     ids = _ids()
     ids[:, -1] = 1
     _, gradients = _run(patched, input_ids=ids)
-    row = next(one for one in ADAPTERS if one.example == name)
+    row = _row(name)
     table, gradient = patched._modules[row.tokens], gradients[f"{row.tokens}.weight"]
     assert torch.count_nonzero(gradient[5])
     assert bool(torch.count_nonzero(gradient[1])) == (table.padding_idx is None)
@@ -163,10 +227,10 @@ def test_the_table_has_no_gradient_at_padding(name):
 @BY_NAME
 def test_embeddings_given_run_stock(name):
     stock, patched = (model.eval() for model in _pair(name))
-    embeds = torch.randn(3, 7, 32)
+    embeds = torch.randn(3, 2 * WINDOW, WIDTH)
     with pytest.warns(UserWarning, match="inputs_embeds is given"):
-        output = patched(inputs_embeds=embeds).last_hidden_state
-    assert torch.equal(output, stock(inputs_embeds=embeds).last_hidden_state)
+        output = _first(patched(inputs_embeds=embeds))
+    assert torch.equal(output, _first(stock(inputs_embeds=embeds)))
 
 
 @BY_NAME
@@ -182,14 +246,14 @@ def test_the_kernels_are_close(name, device):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-4, msg=lambda t, k=key: f"{k}: {t}")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("Encoder")])
+@pytest.mark.parametrize("name", [name for name in FOUND if not name.endswith(ENCODERS)])
 def test_a_cache_is_continued_at_its_position(name):
     stock, patched = _pair(name)
     first, second = _ids()[:, :5], _ids()[:, :3]
     outputs = []
     for model in (stock.eval(), patched.eval()):
         before = model(first, use_cache=True)
-        outputs.append(model(second, past_key_values=before.past_key_values, use_cache=True).last_hidden_state)
+        outputs.append(_first(model(second, past_key_values=before.past_key_values, use_cache=True)))
     assert torch.equal(*outputs)
 
 
@@ -205,16 +269,35 @@ def test_positions_given_are_used_and_types_run_stock(name):
     assert torch.equal(output, stock(ids, token_type_ids=ids).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BartForConditionalGeneration",
+        "BigBirdPegasusForConditionalGeneration",
+        "BioGptForCausalLM",
+        "BlenderbotForConditionalGeneration",
+        "BlenderbotSmallForConditionalGeneration",
+        "LEDForConditionalGeneration",
+        "M2M100ForConditionalGeneration",
+        "MBartForConditionalGeneration",
+        "MT5ForConditionalGeneration",
+        "MarianMTModel",
+        "MvpForConditionalGeneration",
+        "OPTForCausalLM",
+        "PLBartForConditionalGeneration",
+        "PegasusForConditionalGeneration",
+        "T5ForConditionalGeneration",
+        "XGLMForCausalLM",
+    ],
+)
 def test_generation_equals_stock(name):
-    model, settings, _ = MODELS[name]
-    heads = [f"{model}ForConditionalGeneration", f"{model}MTModel"]
-    cls = next(getattr(transformers, head) for head in heads if hasattr(transformers, head))
+    cls = getattr(transformers, name)
+    settings, _ = SETTINGS.get(cls.__module__.split(".")[2], (_SEQ2SEQ, ""))
     torch.manual_seed(0)
-    stock = cls(getattr(transformers, f"{model}Config")(**settings)).eval()
+    stock = cls(cls.config_class(**settings)).eval()
     patched = copy.deepcopy(stock)
     report = ek.patch(patched, strict=True)
-    assert sum(entry.status == "patched" for entry in report.entries) >= 2
+    assert any(e.status == "patched" and ("->" in e.now or "+" in e.now) for e in report.entries)
     ids = _ids()
     ids[1, -2:] = 1
     call = {"input_ids": ids, "attention_mask": (ids != 1).long(), "max_new_tokens": 5, "min_new_tokens": 5}

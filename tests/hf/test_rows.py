@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import embedkernels as ek
 from embedkernels.hf import fused
-from embedkernels.hf.adapters import ADAPTERS, POSITION_TABLES, adapter_for, position_table
+from embedkernels.hf.adapters import ADAPTERS, adapter_for
 from embedkernels.hf.bodies import fingerprint_of
 from embedkernels.hf.coverage import front_ends, models_folder
+from embedkernels.hf.positions import POSITION_TABLES, position_table
 from tests.contract import assert_within_contract
 from tests.hf.models import build, named_here
 
