@@ -94,11 +94,16 @@ def embed_expected(x: SimpleNamespace) -> dict[str, Tensor]:
 
 
 def embed_floors(case: cases.EmbedCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:
+    """Every row in use, of every table, and every parameter is read once in a pass; both ids of a token are too."""
     row = case.width * x.word.element_size()
     tokens, unique = x.ids.numel(), int(x.ids.unique().numel())
-    forward = tokens * (row + 16) + unique * row  # the output and both ids; every row in use once
-    backward = tokens * (row + 16) + unique * row + case.rows * row  # the gradient in, rows again, the table out
-    return {"forward": (forward, 0), "training": (forward + backward, 0)}
+    lookup = 16 * tokens + (unique + case.length + int(x.types.unique().numel())) * row
+    forward = lookup + (tokens + 2) * row  # norm parameters; the output
+    # The gradient in and the weight of the norm; the rows' gradients and those of the norm's parameters.
+    to_rows = lookup + (tokens + 1) * row + (tokens + 2) * row
+    # The same, but the gradients of the tables in the place of the rows'.
+    backward = to_rows + (case.rows + case.length + x.kind.shape[0] - tokens) * row
+    return {"forward": (forward, 0), "backward_to_rows": (to_rows, 0), "training": (forward + backward, 0)}
 
 
 def grad_inputs(case: cases.GradCase, device: torch.device) -> SimpleNamespace:
