@@ -33,23 +33,6 @@ class EmbedCase:
 
 
 @dataclass(frozen=True)
-class GradCase:
-    """The dense gradient of a table from the gradients of the rows looked up."""
-
-    name: str
-    count: int
-    rows: int
-    width: int
-    ids: str = "zipf"
-    dtype: str = "bfloat16"
-    padding: bool = False
-    dropout: float = 0.0
-
-    def tiny(self) -> GradCase:
-        return replace(self, count=37, rows=67, width=32)
-
-
-@dataclass(frozen=True)
 class AttentionCase:
     """Scaled dot-product attention; ``fill`` < 1 pads the keys of every sequence to a different length."""
 
@@ -116,19 +99,6 @@ EMBED = (
     EmbedCase("bert 16k uniform", 128, 128, 30522, 768, ids="uniform"),
     EmbedCase("bert 16k hot row", 128, 128, 30522, 768, ids="hot"),
     EmbedCase("bert 16k fp32", 128, 128, 30522, 768, dtype="float32"),
-)
-EMBEDDING_GRAD = (
-    GradCase("llama-3 8k", 8192, 128256, 4096),
-    GradCase("llama-3 131k", 131072, 128256, 4096),
-    GradCase("xlm-r base 4k", 4096, 250002, 768),
-    GradCase("bert 2k", 2048, 30522, 768),
-    GradCase("bert 512", 512, 30522, 768),
-    GradCase("bert 2k hot row", 2048, 30522, 768, ids="hot"),
-    GradCase("llama-3 8k hot row", 8192, 128256, 4096, ids="hot"),
-    GradCase("llama-3 131k hot row", 131072, 128256, 4096, ids="hot"),
-    GradCase("llama-3 8k uniform", 8192, 128256, 4096, ids="uniform"),
-    GradCase("bert 16k padded", 16384, 30522, 768, padding=True),
-    GradCase("bert 16k fp32", 16384, 30522, 768, dtype="float32"),
 )
 ATTENTION = (
     AttentionCase("bert-base 128 padded", 32, 128, 12, 12, 64, fill=FILL, dropout=0.1),

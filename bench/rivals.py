@@ -19,8 +19,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import embedkernels as ek
-import embedkernels.ops.embedding_grad  # defines torch.ops.embedkernels.embedding_backward
-from embedkernels.ops.backend import Backend
 
 OPTIONAL = ("liger_kernel", "flag_gems")
 # Waves after the first, which is the yardstick's and ours: no case must lack these for the sake of another's rivals.
@@ -122,64 +120,6 @@ def embed_rivals(tiny: bool) -> list[Rival]:
         Rival("ours", ours, ours=True, required=True),
         Rival("torch.compile", stem(compiled(bert_stem, tiny)), wave=COMPILED),
     ]
-
-
-def aten_backward(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(rows, ids, count, padding, False)
-
-
-def grad_rivals(tiny: bool) -> list[Rival]:
-    """A table's dense gradient; the first one is the yardstick. Nothing here has a forward or a dropout."""
-
-    def backward(function: Callable[..., Tensor]) -> Callable[[SimpleNamespace, float], Prepared]:
-        def build(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
-            return Prepared(None, lambda: {"grad": function(x.grad_rows, x.ids, x.rows, x.padding)})
-
-        return build
-
-    def ours(backend: Backend) -> Callable[..., Tensor]:
-        def run(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
-            plan = ek.embedding_plan(ids, count, padding_idx=None if padding < 0 else padding, backend=backend)
-            return ek.embedding_grad(rows, plan, backend=backend)
-
-        return run
-
-    def planned(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
-        plan = ek.embedding_plan(x.ids, x.rows, padding_idx=None if x.padding < 0 else x.padding)
-        return Prepared(None, lambda: {"grad": ek.embedding_grad(x.grad_rows, plan)})
-
-    def default(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
-        return torch.ops.embedkernels.embedding_backward(rows, ids, count, padding)
-
-    def liger(x: SimpleNamespace, dropout: float) -> Prepared:  # noqa: ARG001
-        from liger_kernel.ops.experimental.embedding import LigerEmbeddingFunction
-
-        if x.padding >= 0:
-            raise NotImplementedError("has no padding_idx")
-        table = torch.zeros(x.rows, x.grad_rows.shape[1], dtype=x.grad_rows.dtype, device=x.ids.device)
-        looked_up = LigerEmbeddingFunction.apply(table.requires_grad_(), x.ids)
-        return Prepared(
-            None,
-            lambda: {"grad": torch.autograd.grad(looked_up, table, x.grad_rows, retain_graph=True)[0]},
-        )
-
-    def flag_gems(rows: Tensor, ids: Tensor, count: int, padding: int) -> Tensor:
-        from flag_gems.ops.embedding import embedding_backward
-
-        return embedding_backward(rows, ids, count, padding, False, False)
-
-    found = [
-        Rival("eager", backward(aten_backward)),
-        Rival("ours", backward(default), ours=True, required=True),
-        Rival("ours, plan ready", planned, ours=True),
-        Rival("ours in Triton", backward(ours("triton")), ours=True, wave=OTHERS),
-        Rival("torch.compile", backward(compiled(aten_backward, tiny)), wave=COMPILED),
-    ]
-    if "liger_kernel" not in absent():
-        found.append(Rival("Liger", liger, wave=OTHERS))
-    if "flag_gems" not in absent():
-        found.append(Rival("FlagGems", backward(flag_gems), wave=OTHERS))
-    return found
 
 
 def stock_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

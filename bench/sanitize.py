@@ -136,6 +136,29 @@ def launches() -> dict[str, Callable[[Any], None]]:
 
         return launch
 
+    def table_modes(count: int, width: int, backend: Backend) -> Callable[[Any], None]:
+        """Into buffers of two dtypes, rounded at random into one, rows alone, and bags with weights."""
+
+        def launch(device: Any) -> None:
+            ids, bags = torch.randint(0, 97, (count,)), torch.arange(count) // 3
+            rows = torch.randn(int(bags[-1]) + 1, width).bfloat16()
+            factors = torch.rand(count)
+            wanted = torch.zeros(97, width, dtype=torch.float64)
+            wanted.index_add_(0, ids, rows[bags].double() * factors[:, None])
+            plan = ek.embedding_plan(ids.to(device), 97, ignore=(ids == 7).to(device), backend=backend)
+            wanted[7] = 0
+            options: dict[str, Any] = {
+                "bags": bags.to(device), "per_sample_weights": factors.to(device), "backend": backend,
+            }  # fmt: skip
+            for dtype, rounding in ((torch.float32, "nearest"), (bf16, "nearest"), (bf16, "stochastic")):
+                buffer = torch.ones(97, width, dtype=dtype, device=device)
+                ek.embedding_grad(rows.to(device), plan, out=buffer, rounding=rounding, **options)
+                close(buffer, wanted + 1, f"embedding_grad into {dtype}, {rounding}")
+            found = ek.embedding_grad(rows.to(device), plan, mode="rows", **options)
+            close(found.to_sparse().to_dense(), wanted, "embedding_grad of rows")
+
+        return launch
+
     def attention(
         shape: tuple[int, int, int, int, int], dtype: torch.dtype, causal: bool, lengths: bool, dropout: float
     ) -> Callable[[Any], None]:
@@ -233,7 +256,10 @@ def launches() -> dict[str, Callable[[Any], None]]:
         "rope interleaved": rope(80, True),
         "embedding_grad extension": table_grad(517, 100, fp32, False, "extension"),
         "embedding_grad extension hot row": table_grad(6000, 768, bf16, True, "extension"),
+        "embedding_grad extension modes": table_modes(5003, 136, "extension"),
+        "embedding_grad extension modes, one element at a time": table_modes(301, 35, "extension"),
         "embedding_grad triton hot row": table_grad(6001, 768, bf16, True, "triton"),
+        "embedding_grad triton modes": table_modes(700, 136, "triton"),
         "attention 16 padded": attention((2, 3, 3, 77, 16), bf16, False, True, 0.0),
         "attention 64 causal grouped": attention((2, 4, 2, 131, 64), bf16, True, False, 0.0),
         "attention 64 padded dropout": attention((3, 2, 2, 65, 64), bf16, False, True, 0.1),

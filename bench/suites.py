@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import embedkernels as ek
-from bench import cases, check, environment, rivals
+from bench import cases, check, environment, rivals, table_grad
 from bench.files import write_json
 from bench.rivals import Prepared, Rival
 from bench.timing import CaptureLeak, Stopwatch, ceilings, summary
@@ -104,28 +104,6 @@ def embed_floors(case: cases.EmbedCase, x: SimpleNamespace) -> dict[str, tuple[f
     # The same, but the gradients of the tables in the place of the rows'.
     backward = to_rows + (case.rows + case.length + x.kind.shape[0] - tokens) * row
     return {"forward": (forward, 0), "backward_to_rows": (to_rows, 0), "training": (forward + backward, 0)}
-
-
-def grad_inputs(case: cases.GradCase, device: torch.device) -> SimpleNamespace:
-    generator, dtype = _generator(), getattr(torch, case.dtype)
-    torch.manual_seed(SEED)
-    ids = cases.make_ids(case.count, case.rows, case.ids, generator)
-    if case.padding:
-        ids[torch.rand(case.count, generator=generator) > cases.FILL] = 0
-    grad_rows = torch.randn(case.count, case.width, device=device).to(dtype)
-    return SimpleNamespace(ids=ids.to(device), grad_rows=grad_rows, rows=case.rows, padding=0 if case.padding else -1)
-
-
-def grad_expected(x: SimpleNamespace) -> dict[str, Tensor]:
-    kept = x.grad_rows.double() * (x.ids != x.padding)[:, None]
-    table = torch.zeros(x.rows, kept.shape[1], dtype=torch.float64, device=kept.device)
-    return {"grad": table.index_add_(0, x.ids, kept)}
-
-
-def grad_floors(case: cases.GradCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:
-    row = case.width * x.grad_rows.element_size()
-    kept = int((x.ids != x.padding).sum())
-    return {"training": (kept * row + case.rows * row + 8 * case.count, 0)}
 
 
 def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleNamespace:
@@ -239,7 +217,12 @@ def rope_floors(case: cases.RopeCase, x: SimpleNamespace) -> dict[str, tuple[flo
 SUITES: dict[str, Suite] = {
     "embed": Suite("embed", cases.EMBED, embed_inputs, embed_expected, embed_floors, rivals.embed_rivals),
     "embedding_grad": Suite(
-        "embedding_grad", cases.EMBEDDING_GRAD, grad_inputs, grad_expected, grad_floors, rivals.grad_rivals
+        "embedding_grad",
+        table_grad.CASES,
+        table_grad.inputs,
+        table_grad.expected,
+        table_grad.floors,
+        table_grad.contestants,
     ),
     "attention": Suite(
         "attention", cases.ATTENTION, attention_inputs, attention_expected, attention_floors, rivals.attention_rivals
@@ -446,8 +429,18 @@ def incomplete(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Callable[[dict[str, Any]], None]) -> bool:
-    """Run a suite; ``save`` gets the whole result whenever it grows. True if nothing of ours failed."""
+def run(
+    name: str,
+    device: torch.device,
+    seconds: float,
+    tiny: bool,
+    save: Callable[[dict[str, Any]], None],
+    only: tuple[str, ...] = (),
+) -> bool:
+    """Run a suite, or the cases of it that ``only`` names. True if nothing of ours failed.
+
+    ``save`` gets the whole result whenever it grows.
+    """
     runner: Any
     todo: tuple[Any, ...]
     if name == "step":
@@ -456,7 +449,9 @@ def run(name: str, device: torch.device, seconds: float, tiny: bool, save: Calla
         runner, todo = StepRunner(device, seconds, tiny), cases.STEP
     else:
         runner, todo = Runner(name, device, seconds, tiny), SUITES[name].cases
-    todo = tuple(case.tiny() for case in todo) if tiny else todo
+    if unknown := sorted(set(only) - {case.name for case in todo}):
+        raise ValueError(f"suite {name} has no case {', '.join(unknown)}: {', '.join(case.name for case in todo)}")
+    todo = tuple(case.tiny() if tiny else case for case in todo if not only or case.name in only)
     records: list[dict[str, Any]] = [
         {"name": case.name, "case": asdict(case), "rivals": [], "seconds": 0.0, "not_run": "not reached"}
         for case in todo
@@ -516,6 +511,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=60.0, help="start nothing new after this time")
     parser.add_argument("--tiny", action="store_true", help="a dry run: sizes that prove only that the code works")
+    parser.add_argument("--cases", default="", help="names, comma separated; all by default")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     good = run(
@@ -524,6 +520,7 @@ def main(argv: list[str] | None = None) -> int:
         args.seconds,
         args.tiny,
         lambda result: write_json(args.out, result),
+        tuple(case.strip() for case in args.cases.split(",") if case.strip()),
     )
     return 0 if good else 1
 

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -29,11 +30,17 @@ inline void check(bool condition, const Parts&... parts) {
 std::string shape_of(const Tensor& tensor);
 
 // embedding_plan's arguments.
-void check_plan_arguments(const Tensor& ids, int64_t num_rows, int64_t padding_idx, int64_t vocab_start);
+void check_plan_arguments(const Tensor& ids, int64_t num_rows, int64_t padding_idx, int64_t vocab_start,
+                          const std::optional<Tensor>& ignored);
 
-// embedding_grad_dense's arguments.
-void check_grad_arguments(const Tensor& grad_rows, const Tensor& order, const Tensor& segment_ids,
-                          const Tensor& segment_offsets, const Tensor& count, int64_t num_rows);
+// embedding_grad's arguments.
+struct GradArguments {
+  const Tensor &out, &grad_rows, &order, &segment_ids, &segment_offsets, &count;
+  int64_t mode;
+  const std::optional<Tensor>&sources, &weights;
+  const std::optional<Tensor>& seed;
+};
+void check_grad_arguments(const GradArguments& given);
 
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype,
@@ -43,6 +50,12 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
 template <class T>
 inline const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Null where there is no tensor.
+template <class T>
+inline const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
 }
 
 template <class T>

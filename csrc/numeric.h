@@ -115,4 +115,36 @@ EK_HOST_DEVICE f16 narrow<f16>(float value) {
 #endif
 }
 
+// The four words of Philox 4x32 with 7 rounds for the counter (c0, c1, 0, 0), as in embedkernels/reference/random.py.
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+EK_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  uint32_t x0 = c0, x1 = c1, x2 = 0, x3 = 0;
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t product0 = uint64_t(0xD2511F53u) * x0, product2 = uint64_t(0xCD9E8D57u) * x2;
+    x0 = uint32_t(product2 >> 32) ^ x1 ^ k0;
+    x2 = uint32_t(product0 >> 32) ^ x3 ^ k1;
+    x1 = uint32_t(product2);
+    x3 = uint32_t(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{x0, x1, x2, x3}};
+}
+
+// The 16 random bits that round column `column` of a row, from the words of the counter (column / 8, row).
+EK_HOST_DEVICE uint32_t rounding_bits(const PhiloxWords& words, int column) {
+  return words.word[column % 8 / 2] >> (16 * (column % 2)) & 0xffffu;
+}
+
+// Rounds up with the probability that the cut-off part is of a unit in the last place: the mean is the value itself.
+EK_HOST_DEVICE bf16 narrow_stochastic(float value, uint32_t random16) {
+  const uint32_t bits = bits_of_float(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return narrow<bf16>(value);
+  return {uint16_t((bits + random16) >> 16)};
+}
+
 }  // namespace embedkernels

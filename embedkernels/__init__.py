@@ -18,19 +18,23 @@ _HOME = {
     "embed": "embedkernels.ops.embed",
     "embedding": "embedkernels.ops.embedding",
     "embedding_grad": "embedkernels.ops.embedding_grad",
-    "embedding_plan": "embedkernels.ops.embedding_grad",
+    "embedding_plan": "embedkernels.ops.embedding_plan",
     "rope": "embedkernels.ops.rope",
     "use_backend": "embedkernels.ops.backend",
+    "EmbeddingPlan": "embedkernels.ops.embedding_plan",
     "FusedEmbedding": "embedkernels.nn.embedding",
     "FusedInputEmbeddings": "embedkernels.nn.input_embeddings",
+    "RowGradient": "embedkernels.ops.embedding_grad",
     "patch": "embedkernels.hf.patch",
     "unpatch": "embedkernels.hf.patch",
 }
 _SUBPACKAGES = ("hf", "nn", "ops", "reference")
 
 __all__ = [
+    "EmbeddingPlan",
     "FusedEmbedding",
     "FusedInputEmbeddings",
+    "RowGradient",
     "__version__",
     "attention",
     "check_errors",
@@ -53,7 +57,8 @@ if TYPE_CHECKING:
     from embedkernels.ops.backend import use_backend
     from embedkernels.ops.embed import embed
     from embedkernels.ops.embedding import embedding
-    from embedkernels.ops.embedding_grad import embedding_grad, embedding_plan
+    from embedkernels.ops.embedding_grad import RowGradient, embedding_grad
+    from embedkernels.ops.embedding_plan import EmbeddingPlan, embedding_plan
     from embedkernels.ops.ids import check_errors
     from embedkernels.ops.positions import count_positions
     from embedkernels.ops.rope import rope

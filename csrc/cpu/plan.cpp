@@ -7,6 +7,7 @@
 
 #include <bit>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -94,15 +95,16 @@ int64_t write_segments(const Pair* pairs, int64_t kept, int32_t* order, int32_t*
   return heads[tasks];
 }
 
-template <class Id>
+// is_ignored(i): whether position i is dropped whatever its id.
+template <class Id, class IsIgnored>
 int64_t make_plan(const Id* ids, int64_t n, int64_t num_rows, int64_t padding_idx, int64_t vocab_start,
-                  int32_t* order, int32_t* segment_ids, int32_t* offsets) {
+                  const IsIgnored& is_ignored, int32_t* order, int32_t* segment_ids, int32_t* offsets) {
   // Unsigned, so that an id far below vocab_start wraps to a large number instead of overflowing.
   const uint64_t start = uint64_t(vocab_start), rows = uint64_t(num_rows);
   const auto from_ids = [=](int64_t i, const auto& emit) {
     const int64_t id = ids[i];
     const uint64_t local = uint64_t(id) - start;
-    if (local < rows && id != padding_idx) emit(uint32_t(local), Pair(local << 32) | Pair(i));
+    if (local < rows && id != padding_idx && !is_ignored(i)) emit(uint32_t(local), Pair(local << 32) | Pair(i));
   };
 
   const int bits = std::max(1, int(std::bit_width(uint32_t(std::max<int64_t>(num_rows - 1, 0)))));
@@ -123,19 +125,24 @@ int64_t make_plan(const Id* ids, int64_t n, int64_t num_rows, int64_t padding_id
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_plan(const Tensor& ids, int64_t num_rows, int64_t padding_idx,
-                                                          int64_t vocab_start) {
-  check_plan_arguments(ids, num_rows, padding_idx, vocab_start);
+                                                          int64_t vocab_start, std::optional<Tensor> ignored) {
+  check_plan_arguments(ids, num_rows, padding_idx, vocab_start, ignored);
   const int64_t n = ids.numel();
   Tensor order = empty_like_device(ids, {n}, ScalarType::Int);
   Tensor segment_ids = empty_like_device(ids, {n}, ScalarType::Int);
   Tensor offsets = empty_like_device(ids, {n + 1}, ScalarType::Int);
   Tensor count = empty_like_device(ids, {1}, ScalarType::Int);
-  const auto make = [&](const auto* typed_ids) {
-    return make_plan(typed_ids, n, num_rows, padding_idx, vocab_start, mutable_data<int32_t>(order),
-                     mutable_data<int32_t>(segment_ids), mutable_data<int32_t>(offsets));
+  const auto make = [&](const auto& is_ignored) {
+    const auto make_typed = [&](const auto* typed_ids) {
+      return make_plan(typed_ids, n, num_rows, padding_idx, vocab_start, is_ignored, mutable_data<int32_t>(order),
+                       mutable_data<int32_t>(segment_ids), mutable_data<int32_t>(offsets));
+    };
+    return ids.scalar_type() == ScalarType::Int ? make_typed(data<int32_t>(ids)) : make_typed(data<int64_t>(ids));
   };
+  // Bytes, not bools: a view of another dtype may hold more than 0 and 1.
+  const uint8_t* mask = data<uint8_t>(ignored);
   const int64_t segments =
-      ids.scalar_type() == ScalarType::Int ? make(data<int32_t>(ids)) : make(data<int64_t>(ids));
+      mask ? make([=](int64_t i) { return mask[i] != 0; }) : make([](int64_t) { return false; });
   *mutable_data<int32_t>(count) = int32_t(segments);
   return {order, segment_ids, offsets, count};
 }

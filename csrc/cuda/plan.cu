@@ -10,8 +10,9 @@ namespace embedkernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_plan(const Tensor& ids, int64_t num_rows, int64_t padding_idx,
-                                                          int64_t vocab_start) {
-  check_plan_arguments(ids, num_rows, padding_idx, vocab_start);
+                                                          int64_t vocab_start,
+                                                          const std::optional<Tensor>& ignored) {
+  check_plan_arguments(ids, num_rows, padding_idx, vocab_start, ignored);
   Launcher launcher("embedding_plan", ids);
   const int64_t n = ids.numel();
   const auto ints = [&](int64_t size) { return empty_like_device(ids, {size}, ScalarType::Int); };
@@ -23,8 +24,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_plan(const Tensor& ids, int
                             mutable_data<int>(segment_ids),
                             mutable_data<int>(offsets),
                             mutable_data<int>(count)};
-  const auto run = [&](const auto* typed_ids) {
-    return run_plan(launcher, typed_ids, n, num_rows, padding_idx, vocab_start, buffers);
+  const auto run = [&]<class Id>(const Id* typed_ids) {
+    const PlanIds<Id> source{typed_ids, data<bool>(ignored), padding_idx, vocab_start, uint32_t(num_rows)};
+    return run_plan(launcher, source, n, buffers);
   };
   const int which = ids.scalar_type() == ScalarType::Int ? run(data<int32_t>(ids)) : run(data<int64_t>(ids));
   return {order[which], segment_ids, offsets, count};

@@ -32,17 +32,32 @@ inline SegmentShape segment_shape(int64_t n) {
   return {n, per_block, int(blocks > 0 ? blocks : 1)};
 }
 
-// keys[i] = id - vocab_start, or num_rows where the id is dropped; order[i] = i. Grid: ceil(N / 256).
+// What a plan is made of.
+template <class Id>
+struct PlanIds {
+  const Id* ids;        // (N)
+  const bool* ignored;  // (N), true where a position is dropped, or null
+  int64_t padding_idx;
+  int64_t vocab_start;
+  uint32_t num_rows;
+
+  // The row of a position, num_rows if it is dropped.
+  EK_DEVICE uint32_t row(int64_t i) const {
+    const int64_t id = ids[i];
+    // Unsigned: an id below vocab_start wraps to a number above every row.
+    const uint64_t local = uint64_t(id) - uint64_t(vocab_start);
+    const bool kept = local < num_rows && id != padding_idx && !(ignored && ignored[i]);
+    return kept ? uint32_t(local) : num_rows;
+  }
+};
+
+// keys[i] is the row of position i, order[i] = i. Grid: ceil(N / 256).
 template <class Id>
 __global__ void __launch_bounds__(kThreads)
-    plan_keys_kernel(const Id* ids, int64_t n, uint32_t num_rows, int64_t padding_idx, int64_t vocab_start,
-                     uint32_t* keys, int* order) {
+    plan_keys_kernel(PlanIds<Id> source, int64_t n, uint32_t* keys, int* order) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
-  const int64_t id = ids[i];
-  // Unsigned: an id below vocab_start wraps to a number above every row.
-  const uint64_t local = uint64_t(id) - uint64_t(vocab_start);
-  keys[i] = local < num_rows && id != padding_idx ? uint32_t(local) : num_rows;
+  keys[i] = source.row(i);
   order[i] = int(i);
 }
 

@@ -17,14 +17,13 @@ struct PlanBuffers {
 
 // Returns which of the two order buffers holds the plan's order; known on the host without waiting.
 template <class Launcher, class Id>
-int run_plan(Launcher& launcher, const Id* ids, int64_t n, int64_t num_rows, int64_t padding_idx, int64_t vocab_start,
-             const PlanBuffers& buffers) {
-  const uint32_t rows = uint32_t(num_rows);
+int run_plan(Launcher& launcher, const PlanIds<Id>& source, int64_t n, const PlanBuffers& buffers) {
+  const uint32_t rows = source.num_rows;
   int which = 0;
   if (n > 0) {
-    launcher.launch(plan_keys_kernel<Id>, (n + kThreads - 1) / kThreads, ids, n, rows, padding_idx, vocab_start,
-                    buffers.keys[0], buffers.order[0]);
-    which = launcher.sort_pairs(buffers.keys, buffers.order, n, key_bits(num_rows));
+    launcher.launch(plan_keys_kernel<Id>, (n + kThreads - 1) / kThreads, source, n, buffers.keys[0],
+                    buffers.order[0]);
+    which = launcher.sort_pairs(buffers.keys, buffers.order, n, key_bits(rows));
   }
   const SegmentShape shape = segment_shape(n);
   const uint32_t* keys = buffers.keys[which];

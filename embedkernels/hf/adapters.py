@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from embedkernels.hf.bodies import fingerprint_of, unwrapped_fingerprint
+from embedkernels.hf.bodies import fingerprint_of, undeprecated, unwrapped_fingerprint
 
 Recipe = Literal["stem", "inline", "scaled", "lookup"]
 
@@ -247,7 +247,7 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 class PositionTable(NamedTuple):
-    """An nn.Embedding of positions whose forward only counts them, from ``past_key_values_length`` on.
+    """An nn.Embedding of positions whose forward only counts them, from the number of tokens in a cache on.
 
     Attributes:
         example: a class that has it.
@@ -271,6 +271,7 @@ POSITION_TABLES = (
 _PACKAGE = "transformers.models."
 _BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAPTERS if adapter.body is not None}
 _INLINE = {adapter.example: adapter for adapter in ADAPTERS if adapter.body is None}
+_EXAMPLES = frozenset(adapter.example for adapter in ADAPTERS)
 _POSITIONS: dict[str | None, PositionTable] = {table.body: table for table in POSITION_TABLES}
 # A forward that names none of these is of no row: its source need not be read.
 _NAMES = frozenset(
@@ -291,7 +292,7 @@ def adapter_for(cls: type[nn.Module]) -> Adapter | None:
     if inline is not None:
         return inline if unwrapped_fingerprint(cls.__dict__.get("forward")) in inline.bodies else None
     forward: Any = cls.__dict__.get("forward")
-    code = getattr(forward, "__code__", None)
+    code = getattr(undeprecated(forward), "__code__", None)
     if code is None or _NAMES.isdisjoint(code.co_names):
         return None
     adapter = _BY_BODY.get(fingerprint_of(forward))
@@ -299,6 +300,12 @@ def adapter_for(cls: type[nn.Module]) -> Adapter | None:
     if adapter is not None and adapter.recipe == "scaled" and cls.__mro__[1] is not nn.Embedding:
         return None
     return adapter
+
+
+def lost(cls: type[nn.Module]) -> bool:
+    """Whether a class of transformers is the example of a row, but has another forward than the row stands for."""
+    named = f"{cls.__module__.removeprefix(_PACKAGE).split('.')[0]}.{cls.__qualname__}"
+    return named in _EXAMPLES and _of_transformers(cls) and adapter_for(cls) is None
 
 
 def _of_transformers(cls: type) -> bool:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedkernels.hf.adapters import ADAPTERS, LOOKUP, Adapter
-from embedkernels.hf.bodies import fingerprint
+from embedkernels.hf.bodies import decorators, fingerprint
 from embedkernels.hf.rotary import BY_BODIES, Rotation, called_like_one
 
 _BY_BODY: dict[str | None, Adapter] = {adapter.body: adapter for adapter in ADAPTERS if adapter.body is not None}
@@ -120,7 +120,7 @@ def _rotary_user(model: str, cls: ast.ClassDef, functions: dict[str, ast.Functio
     helpers = [one for one in _names(functions[name]) if one in functions]
     bodies = (fingerprint(functions[name]), fingerprint(functions[helpers[0]]) if len(set(helpers)) == 1 else "")
     rotation = BY_BODIES.get(bodies)
-    if rotation is not None and forward.decorator_list:
+    if rotation is not None and decorators(forward):
         rotation, why = None, "its forward is decorated"
     return RotaryUser(model, cls.name, rotation, "" if rotation else why)
 

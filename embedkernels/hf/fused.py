@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from embedkernels.hf import guards, rotary, state
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
+from embedkernels.hf.bodies import RENAMED, in_deprecations
 from embedkernels.hf.state import is_marked
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.embed import embed
@@ -115,9 +116,10 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
         ADAPTER: adapter,
     }
     if adapter is not None:
-        namespace["forward"] = _FORWARDS[adapter.recipe](adapter, stock.forward)
+        forward = _FORWARDS[adapter.recipe](adapter, stock.forward)
     else:
-        namespace["forward"] = _lookup_forward if stock is nn.Embedding else _rotary_forward(stock)
+        forward = _lookup_forward if stock is nn.Embedding else _rotary_forward(stock)
+    namespace["forward"] = in_deprecations(stock.forward, forward)
     fused: type[nn.Module] = type(stock.__name__, (base,), namespace)
     return fused
 
@@ -215,9 +217,13 @@ def _positions(past: Any, input_ids: Tensor, first: int = 0) -> tuple[Tensor | N
     return None, past + first
 
 
-_STEM_ARGUMENTS = frozenset(
-    {"input_ids", "token_type_ids", "position_ids", "inputs_embeds", "past_key_values_length"}
-)
+_STEM_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids", "inputs_embeds"})
+
+
+def _as_it_is_called(name: str, parameters: Iterable[str]) -> str | None:
+    """The name that an argument has in this release, by the one before transformers 5.24; None if there is none."""
+    names = [name, *(new for new, old in RENAMED.items() if old == name)]
+    return next((one for one in names if one in parameters), None)
 
 
 def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
@@ -225,7 +231,8 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     by_name = _bound_by_name(stock_forward)
     parameters = inspect.signature(stock_forward).parameters
     accepted = frozenset(parameters)
-    understood = frozenset((_STEM_ARGUMENTS | {adapter.mask, *adapter.unused}) & accepted)
+    past_name = _as_it_is_called("past_key_values_length", accepted)
+    understood = frozenset((_STEM_ARGUMENTS | {past_name, adapter.mask, *adapter.unused}) & accepted)
     any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     from_padding = _ids_from_padding(stock_forward)
 
@@ -236,15 +243,15 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         call = by_name(args, kwargs)
         if call is None or _no_input(call) or not (any_name or call.keys() <= accepted):
             return stock_forward(self, *args, **kwargs)  # which raises
+        past = 0 if past_name is None else call.get(past_name, 0)
         reason = _misfit(call, adapter, understood) or guards.problem(self, adapter)
-        reason = reason or _beyond_buffers(self, adapter, call)
+        reason = reason or _beyond_buffers(self, adapter, call, past)
         if reason is not None:
             guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, *args, **kwargs)
 
         input_ids, position_ids = call["input_ids"], call.get("position_ids")
         start = 0
-        past = call.get("past_key_values_length", 0)
         positions = self._modules.get(adapter.positions)
         if positions is None:
             position_ids = None
@@ -265,7 +272,8 @@ def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Te
     """How the stock forward counts tokens that are not padding: with a method or with a function of its module."""
     name = "create_position_ids_from_input_ids"
     names: dict[str, Any] = getattr(stock_forward, "__globals__", {})
-    with_past = "past_key_values_length" in inspect.signature(stock_forward).parameters
+    parameters = inspect.signature(stock_forward).parameters
+    with_past = _as_it_is_called("past_key_values_length", parameters) is not None
 
     def count(module: Any, input_ids: Tensor, past: Any) -> Tensor:
         function = getattr(module, name, None) or names[name]
@@ -276,12 +284,12 @@ def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Te
     return count
 
 
-def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any]) -> str | None:
+def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any], past: Any) -> str | None:
     """Why the buffers that stock would take ids from do not hold all that this call needs."""
     positions = module._modules.get(adapter.positions)
     if positions is None:
         return None
-    past, given = call.get("past_key_values_length", 0), call.get("position_ids") is not None
+    given = call.get("position_ids") is not None
     end = None if given or isinstance(past, Tensor) else past + call["input_ids"].shape[1]
     if end is not None and adapter.position_rule == "padding":
         end += module.padding_idx + 1  # where positions start
@@ -361,7 +369,9 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     the position lookup, the norm and the dropout have already been done.
     """
     by_name = _bound_by_name(stock_forward)
-    takes_positions = "position_ids" in inspect.signature(stock_forward).parameters
+    parameters = inspect.signature(stock_forward).parameters
+    takes_positions = "position_ids" in parameters
+    cache_name = _as_it_is_called("past_key_values", parameters)
     warns = "warn_if_padding_and_no_attention_mask" in inspect.unwrap(stock_forward).__code__.co_names
 
     @functools.wraps(stock_forward)
@@ -391,7 +401,7 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         if positions is not None:
             offset = guards.position_offset(positions)
             if position_ids is None:
-                cache = call.get("past_key_values")
+                cache = None if cache_name is None else call.get(cache_name)
                 position_ids, start = _positions(0 if cache is None else cache.get_seq_length(), input_ids, offset)
             elif offset:
                 position_ids = position_ids + offset

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 
 from embedkernels.hf import attention as hf_attention
 from embedkernels.hf import config, fused, guards, rotary
-from embedkernels.hf.adapters import LOOKUP, Adapter, base_of, family_of, supported
+from embedkernels.hf.adapters import LOOKUP, Adapter, base_of, family_of, lost, supported
 from embedkernels.hf.report import Entry, OpChoice, PatchReport, Status
 from embedkernels.hf.state import MARK, Mark
 from embedkernels.nn.embedding import FusedEmbedding
@@ -177,6 +179,7 @@ _SHORTEST = 16
 
 def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
     covered: set[int] = set()
+    of_tokens = _token_tables(model)
     for path, module in model.named_modules():
         if id(module) in covered:
             continue
@@ -187,6 +190,10 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
             elif (base := base_of(type(module))) is not None:
                 derived = f"a subclass of {base.__name__}, which may compute something else: its tables are looked up"
                 yield _left_alone(path, module, derived, notable=True)
+            elif adapter is None and _adds_up(module, of_tokens):
+                name = type(module).__name__
+                unknown = f"{name}: its forward is not known in transformers {__version__}"
+                yield _left_alone(path, module, f"{unknown}: its tables are looked up one by one", notable=True)
             continue
         never = "forward was replaced on the instance" if "forward" in module.__dict__ else None
         step = _embedding_step(
@@ -196,6 +203,26 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
         if step.entry.status != "left alone":
             covered.update(id(module._modules.get(table)) for table in adapter.tables)
         yield step
+
+
+def _token_tables(model: nn.Module) -> set[int]:
+    """The ids of the tables that the models of transformers in ``model`` call their input embeddings."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                found.add(id(module.get_input_embeddings()))
+    return found
+
+
+def _adds_up(module: nn.Module, of_tokens: set[int]) -> bool:
+    """Whether a forward of transformers looks up in several tables, the tokens' among them, or had a row once."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = () if code is None else code.co_names
+    tables = [part for name, part in module.named_children() if isinstance(part, nn.Embedding) and name in names]
+    return lost(type(module)) or (len(tables) > 1 and any(id(part) in of_tokens for part in tables))
 
 
 def _left_alone(path: str, module: nn.Module, reason: str, notable: bool = False) -> _Step:

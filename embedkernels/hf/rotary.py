@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from embedkernels.hf.bodies import fingerprint_of
+from embedkernels.hf.bodies import fingerprint_of, undeprecated
 from embedkernels.ops.backend import choose, makes_a_program, needs_stock_autograd
 from embedkernels.ops.rope import KERNEL_DTYPES, rope
 
@@ -138,9 +138,9 @@ def rotary_of(cls: type[nn.Module]) -> Rotary | None:
     if len(names) > 1:
         return Rotary(names[0], None, f"it calls {' and '.join(names)}")
     name = names[0]
-    if code is not getattr(forward, "__code__", None):
+    if code is not getattr(undeprecated(forward), "__code__", None):
         return Rotary(name, None, "its forward is decorated")
-    uses = {op.opname for op in dis.get_instructions(forward) if op.argval == name}
+    uses = {op.opname for op in dis.get_instructions(undeprecated(forward)) if op.argval == name}
     if uses != {"LOAD_GLOBAL"}:
         return Rotary(name, None, f"{name} is an attribute in it")
     rotation = _rotation(vars(module)[name])
@@ -172,10 +172,12 @@ def _within_module(function: Any) -> Any:
 def rebound(cls: type[nn.Module]) -> Function:
     """The forward of ``cls`` with its rotary function replaced by one that runs on ``rope`` where that fits.
 
+    Renamed keywords are not translated by it, as the decorators around the stock forward do.
+
     Args:
         cls: a class whose :func:`rotary_of` has a row.
     """
-    forward: Any = cls.__dict__["forward"]
+    forward: Any = undeprecated(cls.__dict__["forward"])
     found = rotary_of(cls)
     assert found is not None
     assert found.rotation is not None

@@ -44,6 +44,7 @@ from embedkernels.kernels.attention_blocks import (
 from embedkernels.kernels.attention_forward import LOG2_E
 from embedkernels.kernels.attention_specs import every, listed
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
+from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.random import keep_scale, rounded
 from embedkernels.kernels.specs import CompileSpec
 
@@ -260,6 +261,12 @@ def attention_bwd_dq_kernel(
     tl.store(dq_tile + tile_offsets(dq_stride_s, BLOCK_M, BLOCK_D), dq, mask=ok)
 
 
+_launch_preprocess, _launch_dkdv, _launch_dq = (
+    Launcher(kernel)
+    for kernel in (attention_bwd_preprocess_kernel, attention_bwd_dkdv_kernel, attention_bwd_dq_kernel)
+)
+
+
 def backward(
     grad: Tensor,
     query: Tensor,
@@ -292,12 +299,14 @@ def backward(
     tiles = tiles_for(query, dropout_p > 0)
     padding = ROW_PADDING.value
     rows = torch.empty(
-        (batch, heads, triton.cdiv(num_queries, padding) * padding, 2), dtype=torch.float32, device=query.device
+        (batch, heads, blocks(num_queries, padding) * padding, 2), dtype=torch.float32, device=query.device
     )
     if rows.numel():
-        attention_bwd_preprocess_kernel[(rows.numel() // (2 * PREPROCESS_BLOCK_M),)](
-            out, grad, lse, rows, *out.stride()[:3], *grad.stride()[:3], heads, num_queries, 1 - dropout_p,
-            head_size, width, PREPROCESS_BLOCK_M, num_warps=_preprocess_warps(width),
+        _launch_preprocess(
+            (rows.numel() // (2 * PREPROCESS_BLOCK_M),),
+            (out, grad, lse, rows, *out.stride()[:3], *grad.stride()[:3], heads, num_queries, 1 - dropout_p),
+            {"D": head_size, "BLOCK_D": width, "BLOCK_M": PREPROCESS_BLOCK_M},
+            num_warps=_preprocess_warps(width),
         )  # fmt: skip
     masks = (
         # Pointers that a variant does not use still need a value.
@@ -307,24 +316,29 @@ def backward(
     )
     inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
     mask_stride = 0 if key_mask is None else key_mask.stride(0)
-    features = (is_causal, bounds is not None, key_mask is not None, dropout_p > 0)
+    features = {
+        "GROUP": group, "D": head_size, "BLOCK_D": width, "CAUSAL": is_causal, "HAS_BOUNDS": bounds is not None,
+        "HAS_MASK": key_mask is not None, "DROPOUT": dropout_p > 0,
+    }  # fmt: skip
     kept = keep_scale(dropout_p)
     if dk is not None and dv is not None and dk.numel():
         tile = tiles.dkdv
-        attention_bwd_dkdv_kernel[(triton.cdiv(num_keys, tile.block_n) * heads_kv * batch,)](
+        arguments = (
             query, key, value, grad, rows, dk, dv, *masks, *inputs, *dk.stride()[:3], *dv.stride()[:3],
-            mask_stride, heads_kv, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept, kept,
-            dropout_p, group, head_size, width, tile.block_m, tile.block_n, *features,
-            **tile.options(),
+            mask_stride, heads_kv, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept, kept, dropout_p,
         )  # fmt: skip
+        constexprs = {**features, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        grid = (blocks(num_keys, tile.block_n) * heads_kv * batch,)
+        _launch_dkdv(grid, arguments, constexprs, **tile.options())
     if dq is not None and dq.numel():
         tile = tiles.dq
-        attention_bwd_dq_kernel[(triton.cdiv(num_queries, tile.block_m) * heads * batch,)](
+        arguments = (
             query, key, value, grad, rows, dq, *masks, *inputs, *dq.stride()[:3],
-            mask_stride, heads, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept,
-            dropout_p, group, head_size, width, tile.block_m, tile.block_n, *features,
-            **tile.options(),
+            mask_stride, heads, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept, dropout_p,
         )  # fmt: skip
+        constexprs = {**features, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        grid = (blocks(num_queries, tile.block_m) * heads * batch,)
+        _launch_dq(grid, arguments, constexprs, **tile.options())
 
 
 def _preprocess_warps(width: int) -> int:

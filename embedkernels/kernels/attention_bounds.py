@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from embedkernels.kernels.launch import Launcher
 from embedkernels.kernels.specs import CompileSpec
 
 BLOCK_N = 1024
@@ -53,20 +54,27 @@ def attention_bounds_kernel(
     tl.store(bounds_ptr + b * 3 + 2, holes)
 
 
+_launch = Launcher(attention_bounds_kernel)
+
+
 def key_bounds(
     key_mask: Tensor | None, key_starts: Tensor | None, key_lengths: Tensor | None, num_keys: int, bounds: Tensor
 ) -> None:
     """Launch: fills ``bounds``, int32 (B, 3). At least one of the three first tensors is given."""
     if bounds.numel() == 0:
         return
-    attention_bounds_kernel[(bounds.shape[0],)](
+    arguments = (
         # Pointers that a variant does not use still need a value.
         bounds if key_mask is None else key_mask.view(torch.uint8),
         bounds if key_starts is None else key_starts.contiguous(),
         bounds if key_lengths is None else key_lengths.contiguous(),
-        bounds, 0 if key_mask is None else key_mask.stride(0), num_keys, BLOCK_N,
-        key_mask is not None, key_starts is not None, key_lengths is not None, num_warps=4,
+        bounds, 0 if key_mask is None else key_mask.stride(0), num_keys,
     )  # fmt: skip
+    constexprs = {
+        "BLOCK_N": BLOCK_N, "HAS_MASK": key_mask is not None, "HAS_STARTS": key_starts is not None,
+        "HAS_LENGTHS": key_lengths is not None,
+    }  # fmt: skip
+    _launch((bounds.shape[0],), arguments, constexprs, num_warps=4)
 
 
 def compile_specs() -> list[CompileSpec]:

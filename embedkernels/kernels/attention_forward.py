@@ -37,6 +37,7 @@ from embedkernels.kernels.attention_blocks import (
 )
 from embedkernels.kernels.attention_specs import every, listed
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
+from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.random import keep_scale, rounded
 from embedkernels.kernels.specs import CompileSpec
 
@@ -130,6 +131,9 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + tl.cast(row, tl.int64) * Sq + m0 + tl.arange(0, BLOCK_M), lse, mask=row_ok)
 
 
+_launch = Launcher(attention_fwd_kernel)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -152,7 +156,7 @@ def forward(
         return
     dropout_p = rounded(dropout_p)
     tile = tiles_for(query, dropout_p > 0).forward
-    attention_fwd_kernel[(triton.cdiv(num_queries, tile.block_m) * heads * batch,)](
+    arguments = (
         query, key, value, out, lse,
         # Pointers that a variant does not use still need a value.
         lse if bounds is None else bounds,
@@ -161,10 +165,14 @@ def forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         0 if key_mask is None else key_mask.stride(0),
         heads, num_queries, num_keys, query_offset, scale * LOG2_E, dropout_p, keep_scale(dropout_p),
-        heads // heads_kv, head_size, block_d(head_size), tile.block_m, tile.block_n,
-        is_causal, bounds is not None, key_mask is not None, dropout_p > 0,
-        **tile.options(),
     )  # fmt: skip
+    constexprs = {
+        "GROUP": heads // heads_kv, "D": head_size, "BLOCK_D": block_d(head_size), "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n, "CAUSAL": is_causal, "HAS_BOUNDS": bounds is not None,
+        "HAS_MASK": key_mask is not None, "DROPOUT": dropout_p > 0,
+    }  # fmt: skip
+    grid = (blocks(num_queries, tile.block_m) * heads * batch,)
+    _launch(grid, arguments, constexprs, **tile.options())
 
 
 def compile_specs() -> list[CompileSpec]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from embedkernels.kernels.ids import EMBED, report_bad_id
+from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.sinusoids import constants, sinusoid_rows
 from embedkernels.kernels.specs import CompileSpec
@@ -409,6 +410,17 @@ def embed_bwd_reduce_kernel(
             tl.store(at, grad.to(norm_bias_grad_ptr.dtype.element_ty), mask=inside)
 
 
+_launch_stats, _launch_fwd, _launch_projection, _launch_bwd, _launch_bwd_reduce = (
+    Launcher(kernel)
+    for kernel in (
+        embed_stats_kernel, embed_fwd_kernel, embed_projection_kernel, embed_bwd_kernel, embed_bwd_reduce_kernel,
+    )
+)  # fmt: skip
+
+
+_keep_scale = functools.cache(keep_scale)
+
+
 @dataclass(frozen=True)
 class Tile:
     """How rows are cut: rows and columns of a tile, warps, and whether a row takes several tiles."""
@@ -431,7 +443,7 @@ def tile(width: int, itemsize: int, norm: bool, backward: bool, sinusoids: bool 
     """
     block = max(16, triton.next_power_of_2(width))
     if block > (WIDEST if norm else CHUNK):
-        return Tile(1 if norm or backward else 2, CHUNK, 4, triton.cdiv(width, CHUNK))
+        return Tile(1 if norm or backward else 2, CHUNK, 4, blocks(width, CHUNK))
     per_warp = 32 * (16 if backward else 32) // itemsize
     if backward and norm and not sinusoids:
         warps = 4
@@ -448,15 +460,14 @@ def partial_rows(n: int, itemsize: int, t: Tile, multiprocessors: int) -> int:
     most = max(1, multiprocessors * WARPS_PER_SM // (t.num_warps * t.chunks))
     # A partial row has two sums of 4 bytes for each column, written and read.
     light = max(multiprocessors // t.chunks, 2 * n * itemsize // (16 * PARTIAL_SHARE), 1)
-    return min(most, light, triton.cdiv(triton.cdiv(n, t.block_n), TILES_PER_PROGRAM))
+    return min(most, light, blocks(blocks(n, t.block_n), TILES_PER_PROGRAM))
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What both kernels read beside the gradient. Tensors are contiguous.
 
     Attributes:
-        ids: flat, N elements; None where ``weight`` holds the rows themselves.
+        ids: N elements; None where ``weight`` holds the rows themselves.
         weight: (V, D), or (N, D) without ids.
         scale: factor of the rows of ``weight``.
         position_weight: (rows, D) or None.
@@ -470,6 +481,7 @@ class Inputs:
         packed: int32 or int64 (M,), the places among the N of the rows to make, or None for all.
         norm: ``"none"``, ``"layer"`` or ``"rms"``.
         dropout_p, dropout_first, seed: dropout and whether it comes before the norm; its seed.
+        memo: what launches found out before for inputs of the same shapes, dtypes, device and settings, or None.
     """
 
     ids: Tensor | None
@@ -490,53 +502,66 @@ class Inputs:
     dropout_p: float
     dropout_first: bool
     seed: Tensor | None
+    memo: dict[Any, Any] | None = None
 
     def sources(self) -> tuple[Any, ...]:
         """The kernels' arguments from ``ids_ptr`` to ``places``; ``weight`` stands in for what is not there."""
-        nothing = self.weight
-        position_weight, position_rows = nothing, 0
-        if self.position_weight is not None:
-            position_weight, position_rows = self.position_weight, self.position_weight.shape[0]
-        elif self.sinusoids != "none":
-            position_weight = constants(nothing.shape[1], self.sinusoids, nothing.device)
+        ids, weight, position_weight, position_ids = self.ids, self.weight, self.position_weight, self.position_ids
+        type_weight, type_ids, extra, packed = self.type_weight, self.type_ids, self.extra, self.packed
+        token_rows = len(weight)
+        position_rows = 0
+        if position_weight is not None:
+            position_rows = len(position_weight)
+        elif self.sinusoids == "none":
+            position_weight = weight
+        else:
+            position_weight = constants(weight.shape[1], self.sinusoids, weight.device)
             position_rows = self.zero_position
-        type_weight = nothing if self.type_weight is None else self.type_weight
-        extra = nothing if self.extra is None else self.extra
         return (
-            nothing if self.ids is None else self.ids, self.weight, self.weight.shape[0],
-            nothing if self.position_ids is None else self.position_ids, position_weight, position_rows,
-            self.position_start, self.length if self.position_ids is None else self.position_ids.numel(),
-            nothing if self.type_ids is None else self.type_ids, type_weight, type_weight.shape[0],
-            1 if self.type_ids is None else self.type_ids.numel(), extra, extra.shape[0], self.scale,
-            nothing if self.packed is None else self.packed,
-            nothing.shape[0] if self.ids is None else self.ids.numel(),
+            weight if ids is None else ids, weight, token_rows,
+            weight if position_ids is None else position_ids, position_weight, position_rows, self.position_start,
+            self.length if position_ids is None else position_ids.numel(),
+            weight if type_ids is None else type_ids, weight if type_weight is None else type_weight,
+            token_rows if type_weight is None else len(type_weight), 1 if type_ids is None else type_ids.numel(),
+            weight if extra is None else extra, token_rows if extra is None else len(extra), self.scale,
+            weight if packed is None else packed, token_rows if ids is None else ids.numel(),
         )  # fmt: skip
 
     def dropout(self) -> tuple[Any, ...]:
         """The kernels' arguments ``seed_ptr``, ``p`` and ``scale``."""
-        return self.weight if self.seed is None else self.seed, self.dropout_p, keep_scale(self.dropout_p)
+        return self.weight if self.seed is None else self.seed, self.dropout_p, _keep_scale(self.dropout_p)
 
     def masked(self) -> tuple[Any, ...]:
         """The kernels' arguments ``mask_ptr`` and ``mask_period``."""
         return (self.weight, 1) if self.mask is None else (self.mask, self.mask.numel())
 
-    def flags(self) -> dict[str, Any]:
+    def known(self, what: Any, t: Tile) -> Any:
+        """What was remembered with the same tile, or None."""
+        found = None if self.memo is None else self.memo.get(what)
+        return found[1] if found is not None and found[0] is t else None
+
+    def remember(self, what: Any, t: Tile, found: Any) -> None:
+        """For :meth:`known`."""
+        if self.memo is not None:
+            self.memo[what] = t, found
+
+    def flags(self, width: int) -> dict[str, Any]:
         """The constexprs that every kernel but the last has."""
-
-        def kind(there: bool, ids: Tensor | None) -> int:
-            return 0 if not there else 1 if ids is None else 2
-
+        sinusoids = self.sinusoids
         return {
-            "D": self.weight.shape[1],
+            "D": width,
             "GIVEN": self.ids is None,
             "SCALE": self.scale != 1.0,
-            "POSITION": kind(self.position_weight is not None or self.sinusoids != "none", self.position_ids),
-            "SINUSOIDS": {"none": 0, "fairseq": 2}.get(self.sinusoids, 1),
-            "TYPE": kind(self.type_weight is not None, self.type_ids),
+            "POSITION": (
+                0 if self.position_weight is None and sinusoids == "none" else 1 if self.position_ids is None else 2
+            ),
+            "SINUSOIDS": 0 if sinusoids == "none" else 2 if sinusoids == "fairseq" else 1,
+            "TYPE": 0 if self.type_weight is None else 1 if self.type_ids is None else 2,
             "EXTRA": self.extra is not None,
             "PACKED": self.packed is not None,
             "NORM": NORMS.index(self.norm),
             "DROPOUT": 0 if self.dropout_p == 0.0 else 2 if self.dropout_first else 1,
+            "MASK": self.mask is not None,
         }
 
 
@@ -549,21 +574,29 @@ def embed_forward(
     n = out.numel() // width
     norm = inputs.norm != "none"
     t = tile(width, inputs.weight.itemsize, norm, False)
-    mean, rstd = (
-        torch.empty(n if there else 0, dtype=torch.float32, device=out.device)
-        for there in (inputs.norm == "layer", norm)
-    )
-    grid = (triton.cdiv(n, t.block_n), t.chunks)
-    common = {**inputs.flags(), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1}
-    if norm and t.chunks > 1:
-        embed_stats_kernel[grid[:1]](mean, rstd, *inputs.sources(), n, eps, *inputs.dropout(), **common)
-    embed_fwd_kernel[grid](
-        out, mean, rstd, *inputs.sources(), n,
+    mean = torch.empty(n if inputs.norm == "layer" else 0, dtype=torch.float32, device=out.device)
+    rstd = torch.empty(n if norm else 0, dtype=torch.float32, device=out.device)
+    grid = (blocks(n, t.block_n), t.chunks)
+    sources, dropout = inputs.sources(), inputs.dropout()
+    arguments = (
+        out, mean, rstd, *sources, n,
         inputs.weight if norm_weight is None else norm_weight, inputs.weight if norm_bias is None else norm_bias,
-        eps, *inputs.dropout(), *inputs.masked(), *errors,
-        WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, MASK=inputs.mask is not None,
-        WIDE=t.chunks > 1, **common,
+        eps, *dropout, *inputs.masked(), *errors,
     )  # fmt: skip
+    known = inputs.known("forward", t)
+    if known is None:
+        constexprs = {
+            **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+            "BIAS": norm_bias is not None, "WIDE": t.chunks > 1,
+        }  # fmt: skip
+        known = constexprs, _launch_fwd.find(arguments, constexprs, num_warps=t.num_warps, num_stages=1)
+        inputs.remember("forward", t, known)
+    constexprs, launch = known
+    if norm and t.chunks > 1:
+        _launch_stats(
+            grid[:1], (mean, rstd, *sources, n, eps, *dropout), constexprs, num_warps=t.num_warps, num_stages=1
+        )
+    launch(grid, arguments)
     return mean, rstd
 
 
@@ -587,34 +620,43 @@ def embed_backward(
     device = grad.device
     norm = inputs.norm != "none"
     t = tile(width, inputs.weight.itemsize, norm, True, inputs.sinusoids != "none")
-    tiles = triton.cdiv(n, t.block_n)
+    tiles = blocks(n, t.block_n)
     programs = partial_rows(n, inputs.weight.itemsize, t, _multiprocessors(device)) if need_norm else tiles
     grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
-    partial = torch.empty((programs if need_norm else 0, 2, width), dtype=torch.float32, device=device)
+    # What a variant does not use is some memory of the same type.
+    partial = projection = mean
+    if need_norm:
+        partial = torch.empty((programs, 2, width), dtype=torch.float32, device=device)
     projected = norm and need_rows and t.chunks > 1
-    projection = torch.empty((2, n if projected else 0), dtype=torch.float32, device=device)
-    shared = (
-        *inputs.sources(), n, inputs.weight if norm_weight is None else norm_weight, *inputs.dropout(),
-        *inputs.masked(),
-    )  # fmt: skip
-    common = {
-        **inputs.flags(), "WEIGHT": norm_weight is not None, "MASK": inputs.mask is not None, "BLOCK_N": t.block_n,
-        "BLOCK_D": t.block_d, "num_warps": t.num_warps, "num_stages": 1,
-    }  # fmt: skip
     if projected:
-        embed_projection_kernel[(tiles,)](projection, grad, mean, rstd, *shared, **common)
-    embed_bwd_kernel[(programs, t.chunks)](
-        grad_rows, partial, projection, grad, mean, rstd, *shared, row_scale,
-        WIDE=t.chunks > 1, NEED_ROWS=need_rows, NEED_NORM=need_norm, **common,
+        projection = torch.empty((2, n), dtype=torch.float32, device=device)
+    shared = (
+        grad, mean, rstd, *inputs.sources(), n, inputs.weight if norm_weight is None else norm_weight,
+        *inputs.dropout(), *inputs.masked(),
     )  # fmt: skip
-    weight_grad, bias_grad = (
+    arguments = (grad_rows, partial, projection, *shared, row_scale)
+    constexprs = inputs.known((need_rows, need_norm), t)
+    if constexprs is None:
+        constexprs = {
+            **inputs.flags(width), "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WEIGHT": norm_weight is not None,
+            "WIDE": t.chunks > 1, "NEED_ROWS": need_rows, "NEED_NORM": need_norm,
+        }  # fmt: skip
+        inputs.remember((need_rows, need_norm), t, constexprs)
+    if projected:
+        _launch_projection((tiles,), (projection, *shared), constexprs, num_warps=t.num_warps, num_stages=1)
+    _launch_bwd((programs, t.chunks), arguments, constexprs, num_warps=t.num_warps, num_stages=1)
+    weight_grad, bias_grad = [
         p.new_empty(p.shape) if need_norm and p is not None else inputs.weight.new_empty(0)
         for p in (norm_weight, norm_bias)
-    )
+    ]
     if need_norm:
-        embed_bwd_reduce_kernel[(triton.cdiv(width, REDUCE_COLUMNS), 2)](
-            weight_grad, bias_grad, partial, programs, D=width, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS,
-            WEIGHT=norm_weight is not None, BIAS=norm_bias is not None, num_warps=4,
+        _launch_bwd_reduce(
+            (blocks(width, REDUCE_COLUMNS), 2), (weight_grad, bias_grad, partial, programs),
+            {
+                "D": width, "BLOCK_P": REDUCE_ROWS, "BLOCK_D": REDUCE_COLUMNS, "WEIGHT": norm_weight is not None,
+                "BIAS": norm_bias is not None,
+            },
+            num_warps=4,
         )  # fmt: skip
     return grad_rows, weight_grad, bias_grad
 

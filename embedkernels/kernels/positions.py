@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from embedkernels.kernels.launch import Launcher
 from embedkernels.kernels.specs import CompileSpec
 
 _WARPS = 4
@@ -33,23 +34,26 @@ def count_positions_kernel(
         before += tl.sum(real, axis=0)
 
 
+_launch = Launcher(count_positions_kernel)
+
+
 def count_positions(
     out: Tensor, tokens: Tensor, padding_idx: int, start: int, padding_position: int, skip: int
 ) -> None:
     """Fill ``out``.
 
     Args:
-        out: int64 (B, S - skip), contiguous.
+        out: int64, B·(S - skip) elements, contiguous.
         tokens: integers (B, S), any strides, B and S positive.
         padding_idx: the value of what is not counted.
         start, padding_position: within int32.
         skip: places at the front that are counted, but not written.
     """
     batch, length = tokens.shape
-    block = min(_LARGEST_BLOCK, max(128, triton.next_power_of_2(length)))
-    count_positions_kernel[(batch,)](
-        out, tokens, length, *tokens.stride(), skip, padding_idx, start, padding_position, BLOCK=block,
-        num_warps=_WARPS,
+    block = min(_LARGEST_BLOCK, max(128, 1 << (length - 1).bit_length()))
+    _launch(
+        (batch,), (out, tokens, length, *tokens.stride(), skip, padding_idx, start, padding_position),
+        {"BLOCK": block}, num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -9,10 +9,13 @@ The backward pass is the same kernel with the transposed map. Arithmetic is in f
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.specs import CompileSpec
 
 _WARPS = 4
@@ -116,6 +119,10 @@ def rope_kernel(
         )  # fmt: skip
 
 
+_launch = Launcher(rope_kernel)
+
+
+@functools.cache
 def tile(head_size: int, rotary_dim: int, itemsize: int) -> dict[str, int]:
     """The sizes that a launch fixes: HALF and REST columns, BLOCK_T tokens, HEADS heads."""
     half = triton.next_power_of_2(rotary_dim // 2)
@@ -137,7 +144,7 @@ def rope(
     Args:
         query_out, query: (B, H, S, D), last stride 1, B, H, S and D positive.
         key_out, key: (B, Hkv, S, D), the same; None for no key.
-        cos, sin: (B, S, R) or (B, S, R/2), last stride 1; a batch stride of 0 shares them.
+        cos, sin: (B or 1, S, R) or (B or 1, S, R/2), last stride 1.
         rotary_dim: R, even, positive, at most D.
         interleaved, adjoint: see ``reference.rope``.
     """
@@ -147,16 +154,21 @@ def rope(
     k, k_out = (query, query_out) if key is None or key_out is None else (key, key_out)
     sizes = tile(head_size, rotary_dim, query.itemsize)
     grid = (
-        triton.cdiv(batch * length, sizes["BLOCK_T"]),
-        triton.cdiv(heads, _HEADS) + triton.cdiv(heads_kv, _HEADS),
+        blocks(batch * length, sizes["BLOCK_T"]),
+        blocks(heads, _HEADS) + blocks(heads_kv, _HEADS),
     )
-    rope_kernel[grid](
+    cos_stride, sin_stride = (
+        (table.stride(0) if table.shape[0] == batch else 0, table.stride(1)) for table in (cos, sin)
+    )
+    arguments = (
         query_out, k_out, query, k, cos, sin, batch * length, length, heads, heads_kv,
-        *query_out.stride()[:3], *k_out.stride()[:3], *query.stride()[:3], *k.stride()[:3],
-        *cos.stride()[:2], *sin.stride()[:2],
-        D=head_size, ROTARY=rotary_dim, INTERLEAVED=interleaved, FULL=cos.shape[-1] == rotary_dim,
-        ADJOINT=adjoint, **sizes, num_warps=_WARPS,
+        *query_out.stride()[:3], *k_out.stride()[:3], *query.stride()[:3], *k.stride()[:3], *cos_stride, *sin_stride,
     )  # fmt: skip
+    constexprs = {
+        "D": head_size, "ROTARY": rotary_dim, "INTERLEAVED": interleaved, "FULL": cos.shape[-1] == rotary_dim,
+        "ADJOINT": adjoint, **sizes,
+    }  # fmt: skip
+    _launch(grid, arguments, constexprs, num_warps=_WARPS)
 
 
 _POINTERS = ("query_out_ptr", "key_out_ptr", "query_ptr", "key_ptr")

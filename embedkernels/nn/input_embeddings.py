@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from embedkernels.ops.arguments import checked_int
 from embedkernels.ops.embed import embed
 from embedkernels.ops.embed_checks import checked_scale
-from embedkernels.ops.embedding_grad import normalized_padding
+from embedkernels.ops.embedding_plan import normalized_padding
 from embedkernels.ops.positions import count_positions
 from embedkernels.reference.sinusoids import LAYOUTS
 

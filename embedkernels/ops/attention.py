@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from embedkernels.ops.attention_checks import (
     checked_values,
 )
 from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
+from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.layout import empty_in_order_of
 from embedkernels.reference import attention as reference
 
@@ -139,17 +141,20 @@ def attention(
     if any(mask is not None for mask in masks):
         if key_mask is not None:
             key_mask = key_mask.expand(query.shape[0], -1)
-        bounds = torch.ops.embedkernels.attention_key_bounds(
-            key_mask, key_starts, key_lengths, query.shape[0], key.shape[2]
-        )
+        call = _key_bounds if is_eager(*masks) else torch.ops.embedkernels.attention_key_bounds
+        bounds = call(key_mask, key_starts, key_lengths, query.shape[0], key.shape[2])
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), device=query.device)
     # Causal order that hides nothing costs masks for nothing.
     is_causal = is_causal and query_offset < key.shape[2] - 1
-    out: Tensor = torch.ops.embedkernels.attention_forward(
-        query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, dropout_p
-    )[0]
+    given = (query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, dropout_p)
+    if not is_eager(*given[:6]):
+        out: Tensor = torch.ops.embedkernels.attention_forward(*given)[0]
+    elif any_requires_grad(query, key, value):
+        out = apply(Attention, *given)
+    else:
+        out = _forward(*given)[0]
     return out
 
 
@@ -201,12 +206,18 @@ def _unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return _too_old(query.device) if query.device.type == "cuda" and torch.version.hip is None else None
 
 
+_problems_of_devices: dict[torch.device, str | None] = {}
+
+
 @torch.compiler.assume_constant_result
 def _too_old(device: torch.device) -> str | None:
-    if (device.index or 0) >= torch.cuda.device_count():  # fake tensors claim devices that are not there
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    if device not in _problems_of_devices:
+        problem = None
+        if (device.index or 0) < torch.cuda.device_count():  # fake tensors claim devices that are not there
+            major, minor = torch.cuda.get_device_capability(device)
+            problem = None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+        _problems_of_devices[device] = problem
+    return _problems_of_devices[device]
 
 
 _warned: set[str] = set()
@@ -241,12 +252,19 @@ def _key_bounds_impl(
 
     given = next(x for x in (key_mask, key_starts, key_lengths) if x is not None)
     bounds = torch.empty((batch, 3), dtype=torch.int32, device=given.device)
-    with _on(given.device):
-        key_bounds(_unit(key_mask), key_starts, key_lengths, num_keys, bounds)
+    key_bounds(_unit(key_mask), key_starts, key_lengths, num_keys, bounds)
     return bounds
 
 
-def _forward_impl(
+_key_bounds = shown_as("embedkernels::attention_key_bounds")(_key_bounds_impl)
+
+
+def _forward_impl(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    id_errors.raise_pending(query.device)
+    return _launch_forward(query, *rest)
+
+
+def _launch_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -260,14 +278,15 @@ def _forward_impl(
 ) -> tuple[Tensor, Tensor]:
     from embedkernels.kernels.attention_forward import forward
 
-    id_errors.raise_pending(query.device)
     out, lse = _forward_outputs(query)
-    with _on(query.device):
-        forward(
-            _near(query), _near(key), _near(value), bounds, _unit(key_mask), seed, out, lse,
-            scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
-        )  # fmt: skip
+    forward(
+        _near(query), _near(key), _near(value), bounds, _unit(key_mask), seed, out, lse,
+        scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
+    )  # fmt: skip
     return out, lse
+
+
+_forward = shown_as("embedkernels::attention_forward")(_launch_forward)
 
 
 def _backward_impl(
@@ -290,14 +309,16 @@ def _backward_impl(
     from embedkernels.kernels.attention_backward import backward
 
     dq, dk, dv = _backward_outputs(query, key, value, needs_query, needs_key_value)
-    with _on(query.device):
-        backward(
-            _near(grad), _near(query), _near(key), _near(value), _near(out), lse.contiguous(),
-            bounds, _unit(key_mask), seed,
-            dq if needs_query else None, dk if needs_key_value else None, dv if needs_key_value else None,
-            scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
-        )  # fmt: skip
+    backward(
+        _near(grad), _near(query), _near(key), _near(value), _near(out), lse.contiguous(),
+        None if bounds is None else bounds.contiguous(), _unit(key_mask), seed,
+        dq if needs_query else None, dk if needs_key_value else None, dv if needs_key_value else None,
+        scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
+    )  # fmt: skip
     return dq, dk, dv
+
+
+_launch_backward = shown_as("embedkernels::attention_backward")(_backward_impl)
 
 
 def _forward_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,11 +344,6 @@ def _near(x: Tensor) -> Tensor:
 
 def _unit(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _library.impl("attention_key_bounds", _key_bounds_impl, "CompositeExplicitAutograd")
@@ -365,14 +381,16 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, seed)
 
 
-def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     nothing = (None,) * 7
     if grad is None:
         return None, None, None, *nothing
     needs_query, needs_key, needs_value = ctx.needs_input_grad[:3]
-    dq, dk, dv = torch.ops.embedkernels.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.settings, needs_query, needs_key or needs_value
-    )
+    saved = ctx.saved_tensors
+    # What is to be differentiated again is recorded as an op.
+    direct = is_eager(grad, *saved) and not torch.is_grad_enabled()
+    call: Any = _launch_backward if direct else torch.ops.embedkernels.attention_backward
+    dq, dk, dv = call(grad, *saved, *ctx.settings, needs_query, needs_key or needs_value)
     return dq if needs_query else None, dk if needs_key else None, dv if needs_value else None, *nothing
 
 
@@ -380,6 +398,20 @@ def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     raise NotImplementedError(
         "attention: the Triton backend has no second derivative: pass backend='torch' where one is needed"
     )
+
+
+class Attention(torch.autograd.Function):
+    """The op on plain tensors, as autograd records it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, lse = _forward(*inputs)
+        query, key, value, bounds, key_mask, seed, *ctx.settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, seed)
+        return out
+
+    backward = staticmethod(_backward)
 
 
 torch.library.register_autograd(

@@ -69,6 +69,8 @@ def check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
 
 def check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """One dtype for all three, once autocast has cast what it casts."""
+    if query.dtype == key.dtype == value.dtype:
+        return
     used = [autocast_dtype(x) for x in (query, key, value)]
     if used[0] == used[1] == used[2]:
         return

@@ -39,6 +39,9 @@ class Choice:
     reason: str
 
 
+# What nearly every call on a GPU gets.
+_TRITON_ON_CUDA = Choice("triton", "the best for cuda")
+
 _forced: Backend | None = None
 
 
@@ -117,6 +120,8 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> Choic
         if problem is not None:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run on {device}: {problem}")
         return Choice(backend, "asked for")
+    if device.type == "cuda" and supported[0] == "triton" and triton_problem() is None:
+        return _TRITON_ON_CUDA
     reasons = []
     for backend in supported:
         # On a CPU, Triton only has its interpreter, which is for tests: never a default.

@@ -1,7 +1,5 @@
 """Input embeddings as one op: token, token type and position rows added, normalised and dropped out in one pass."""
 
-# ruff: noqa: ARG001 (every function of an op takes the arguments of its schema)
-
 from __future__ import annotations
 
 import functools
@@ -12,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embedkernels.ops import embed_autograd as autograd
+from embedkernels.ops import embed_library as _library  # noqa: F401  (defines torch.ops.embedkernels.embed_forward)
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
-from embedkernels.ops.embed_autograd import backward, double_backward, setup_context
-from embedkernels.ops.embed_checks import (
-    check_call,
-    check_saved,
-    contiguous,
-    kernel_inputs,
-    position_rows,
-)
+from embedkernels.ops.eager import is_eager, signature
+from embedkernels.ops.embed_checks import check_call, position_rows
+from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings, at_places
 from embedkernels.ops.embedding import lookup, stock_lookup
-from embedkernels.ops.embedding_grad import normalized_padding
+from embedkernels.ops.embedding_plan import normalized_padding
 from embedkernels.reference import embed as reference
 from embedkernels.reference.sinusoids import MOST_POSITIONS
 
@@ -123,6 +118,23 @@ def embed(
         torch.Size([2, 5, 8])
     """
     rows = weight if inputs_embeds is None else inputs_embeds
+    key = kind = None
+    if extra is None and mask is None:
+        key = _key(
+            (ids, weight, inputs_embeds, position_weight, position_ids, type_weight, type_ids, norm_weight, norm_bias,
+             packed),
+            (scale, sinusoids, position_start, norm, norm_eps, dropout_p, dropout_first, padding_idx,
+             position_padding_idx, backend),
+        )  # fmt: skip
+        kind = None if key is None else _kinds.get(key)
+    if kind is not None:
+        assert rows is not None
+        device = rows.device
+        id_errors.begin(device)
+        if choose("embed", device, backend).backend == "triton":
+            indices = Indices(ids, position_ids, type_ids, None, packed, _drawn_seed(kind.settings.dropout_p, device))
+            parts = Parts(rows, position_weight, type_weight, None, norm_weight, norm_bias)
+            return autograd.embed(kind, indices, parts)
     numbers = check_call(
         ids, weight, inputs_embeds, scale, position_weight, sinusoids, position_padding_idx, position_ids,
         position_start, type_weight, type_ids, extra, norm, norm_weight, norm_bias, norm_eps, dropout_p, mask, packed,
@@ -141,12 +153,17 @@ def embed(
     in_kernels = rows.dtype in _KERNEL_DTYPES
     if backend == "triton" and not in_kernels:
         raise TypeError(f"embed: backend 'triton' takes float32, bfloat16 or float16 tables, got {rows.dtype}")
+    eager = key is not None or is_eager(
+        ids, rows, position_weight, position_ids, type_weight, type_ids, extra, norm_weight, norm_bias, mask, packed
+    )
     id_errors.begin(rows.device)
-    look_up: Callable[..., Tensor] = functools.partial(lookup, backend=backend)
     chosen = choose("embed", rows.device, backend).backend if in_kernels else "torch"
-    if needs_stock_autograd(rows, position_weight, type_weight, extra, norm_weight, norm_bias, mask):
+    stock = not eager and needs_stock_autograd(
+        rows, position_weight, type_weight, extra, norm_weight, norm_bias, mask
+    )
+    if stock:
         check_stock_autograd("embed", rows.device, backend)
-        look_up, chosen = stock_lookup, "torch"
+        chosen = "torch"
     if chosen == "torch":
         if sinusoids is not None and position_ids is not None and packed is None:
             position_ids = _checked(position_ids, MOST_POSITIONS, "position")
@@ -160,28 +177,64 @@ def embed(
                 if given is not None:
                     _checked(at_places(given.expand(shape), packed, math.prod(shape)), count, name)
         return _composed(
-            look_up, ids, weight, inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight,
-            sinusoids=sinusoids, position_ids=position_ids, position_start=position_start, type_weight=type_weight,
-            type_ids=type_ids, extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight,
-            norm_bias=norm_bias, norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask,
-            packed=packed, padding_idx=padding if padding >= 0 else None,
+            stock_lookup if stock else functools.partial(lookup, backend=backend), ids, weight,
+            inputs_embeds=inputs_embeds, scale=scale, position_weight=position_weight, sinusoids=sinusoids,
+            position_ids=position_ids, position_start=position_start, type_weight=type_weight, type_ids=type_ids,
+            extra=extra, position_first=position_first, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias,
+            norm_eps=norm_eps, dropout_p=dropout_p, dropout_first=dropout_first, mask=mask, packed=packed,
+            padding_idx=padding if padding >= 0 else None,
             position_padding_idx=position_padding if position_padding >= 0 else None,
         )  # fmt: skip
     if sinusoids is not None:
         _prepare_sinusoids(rows.shape[-1], sinusoids, rows.device)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=rows.device)
+    seed = _drawn_seed(dropout_p, rows.device)
     if extra is not None:
         extra = _flat(extra, (*shape, rows.shape[-1]), 1)
+    settings = Settings(
+        scale, sinusoids or "none", position_padding, position_start, norm or "none", norm_eps, dropout_p,
+        dropout_first and norm is not None,
+        reference.norm_dtype(rows.device, rows.dtype) if norm == "layer" else rows.dtype, padding,
+    )  # fmt: skip
+    indices = Indices(ids, _flat(position_ids, shape), _flat(type_ids, shape), _flat(mask, shape), packed, seed)
+    parts = Parts(rows, position_weight, type_weight, extra, norm_weight, norm_bias)
+    if eager:
+        as_given = indices.position_ids is position_ids and indices.type_ids is type_ids
+        kind = Kind(settings, parts, contiguous=key is not None and as_given)
+        if kind.contiguous:
+            if len(_kinds) >= _MOST_KINDS:
+                _kinds.clear()
+            _kinds[key] = kind
+        return autograd.embed(kind, indices, parts)
     out: Tensor = torch.ops.embedkernels.embed_forward(
-        None if ids is None else ids.contiguous(), rows, scale, position_weight, sinusoids or "none",
-        position_padding, _flat(position_ids, shape), position_start, type_weight, _flat(type_ids, shape), extra,
-        _flat(mask, shape), packed, norm or "none", norm_weight, norm_bias, norm_eps, dropout_p,
-        dropout_first and norm is not None, seed, reference.norm_dtype(rows.device,
-        rows.dtype) if norm == "layer" else rows.dtype, padding,
+        None if ids is None else ids.contiguous(), rows, scale, position_weight, settings.sinusoids, position_padding,
+        indices.position_ids, position_start, type_weight, indices.type_ids, extra, indices.mask, packed,
+        settings.norm, norm_weight, norm_bias, norm_eps, dropout_p, settings.dropout_first, seed, settings.dtype,
+        padding,
     )[0]  # fmt: skip
     return out
+
+
+# Calls that have passed the checks, by all that these look at: calls of one kind are not checked again.
+_kinds: dict[Any, Kind] = {}
+_MOST_KINDS = 1024
+
+
+def _key(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What tells kinds of calls apart in eager mode, None where a call is to be checked."""
+    shapes = signature(*tensors)
+    if shapes is None or not _OPTION_TYPES.issuperset(types := tuple(map(type, options))):
+        return None
+    # Types count, for 1 == 1.0 and no one's number of a row may be 1.0; autocast has a say in the dtype of a norm.
+    return shapes, types, options, torch.is_autocast_enabled("cuda")
+
+
+_OPTION_TYPES = frozenset((int, float, bool, str, type(None)))
+
+
+def _drawn_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    if dropout_p > 0.0:
+        return torch.randint(0, _SEED_LIMIT, (1,), dtype=torch.int64, device=device)
+    return None
 
 
 @torch.compiler.assume_constant_result
@@ -209,161 +262,25 @@ def _checked(ids: Tensor, rows: int, table: str) -> Tensor:
     return ids
 
 
+def _as_wanted(given: Tensor, shape: Sequence[int], features: int) -> bool:
+    """The usual cases: ids for all tokens, or for one sequence that stands for all."""
+    if features > 0 or given.dim() == 0 or not given.is_contiguous() or given.shape[-1] != shape[-1]:
+        return False
+    return given.shape == shape or given.numel() == shape[-1]
+
+
 def _flat(given: Tensor | None, shape: Sequence[int], features: int = 0) -> Tensor | None:
-    """Broadcast to ``shape`` and flat but for the last ``features`` axes: what all sequences share is kept once.
+    """Broadcast to ``shape``, contiguous, the last ``features`` axes kept: what all sequences share is there once.
 
     Of the axes before, the last is the sequence: S rows if every sequence has the same, else all N of them.
     """
     if given is None:
         return None
+    if not torch.compiler.is_compiling() and _as_wanted(given, shape, features):
+        return given
     given = given.expand(shape)
     leading = range(given.dim() - 1 - features)
     if given.numel() > 0 and all(given.shape[axis] == 1 or given.stride(axis) == 0 for axis in leading):
         for _ in leading:
             given = given[0]
     return given.reshape(-1, *given.shape[given.dim() - features :]).contiguous()
-
-
-def at_places(given: Tensor, packed: Tensor, count: int) -> Tensor:
-    """Ids of N or S elements at the packed places, zeros elsewhere: (N,)."""
-    flat, places = given.reshape(-1), packed.long()
-    return flat.new_zeros(count).index_copy(0, places, flat[places % flat.numel()]) if count else flat
-
-
-_library = torch.library.Library("embedkernels", "FRAGMENT")
-_library.define("checked_ids(Tensor ids, SymInt rows, str table, str op) -> Tensor")
-
-
-def _checked_impl(ids: Tensor, rows: int, table: str, op: str) -> Tensor:
-    id_errors.check_ids(ids, rows, table, op)
-    return ids.clone()
-
-
-_library.impl("checked_ids", _checked_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("embedkernels::checked_ids", lambda ids, *_: ids.clone(), lib=_library)
-_SHARED = (
-    "Tensor? ids, Tensor weight, float scale, Tensor? position_weight, str sinusoids, int position_padding_idx, "
-    "Tensor? position_ids, SymInt position_start, Tensor? type_weight, Tensor? type_ids, Tensor? extra, "
-    "Tensor? mask, Tensor? packed, str norm, Tensor? norm_weight, Tensor? norm_bias"
-)
-_library.define(
-    f"embed_forward({_SHARED}, float norm_eps, float dropout_p, bool dropout_first, Tensor? seed, ScalarType dtype, "
-    "int padding_idx) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"embed_backward(Tensor grad, {_SHARED}, Tensor mean, Tensor rstd, float dropout_p, bool dropout_first, "
-    "Tensor? seed, float row_scale, bool need_rows, bool need_norm) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _output_shape(ids: Tensor | None, weight: Tensor, packed: Tensor | None) -> tuple[int, ...]:
-    if packed is not None:
-        return packed.shape[0], weight.shape[-1]
-    return tuple(weight.shape) if ids is None else (*ids.shape, weight.shape[1])
-
-
-def _forward_impl(
-    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
-    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool,
-    seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    device = weight.device
-    id_errors.raise_pending(device)
-    choose("embed", device, "triton")
-    inputs = kernel_inputs(
-        ids, weight, scale, position_weight, sinusoids, position_padding_idx, position_ids, position_start,
-        type_weight, type_ids, extra, mask, packed, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
-    )  # fmt: skip
-    if device.type == "cpu":
-        n = weight.numel() // weight.shape[-1] if ids is None else ids.numel()
-        for given, rows, name in (
-            (packed, n, "packed"),
-            (ids, weight.shape[0], "token"),
-            (type_ids, None if type_weight is None else type_weight.shape[0], "token type"),
-            (position_ids, position_rows(position_weight, sinusoids), "position"),
-        ):
-            if given is not None and rows is not None:
-                # As on a GPU, what is not packed is not looked at.
-                used = given if packed is None or given is packed else at_places(given, packed, n)
-                id_errors.check_ids(used, rows, name, "embed")
-    out = weight.new_empty(_output_shape(ids, weight, packed), dtype=dtype)
-    if out.numel() == 0:
-        return out, weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, dtype=torch.float32)
-    from embedkernels.kernels import embed as kernels
-
-    errors = id_errors.error_state(device)
-    with torch.cuda.device_of(weight):
-        mean, rstd = kernels.embed_forward(
-            inputs, out, contiguous(norm_weight), contiguous(norm_bias), norm_eps, (errors.flag, errors.record)
-        )
-    id_errors.after_launch(device)
-    return out, mean, rstd
-
-
-def _forward_fake(
-    ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
-    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, dropout_p: float, dropout_first: bool,
-    seed: Tensor | None, dtype: torch.dtype, padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    shape = _output_shape(ids, weight, packed)
-    rows = math.prod(shape[:-1])
-    mean, rstd = (
-        weight.new_empty(rows if there else 0, dtype=torch.float32) for there in (norm == "layer", norm != "none")
-    )
-    return weight.new_empty(shape, dtype=dtype), mean, rstd
-
-
-def _backward_impl(
-    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
-    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float,
-    dropout_first: bool, seed: Tensor | None, row_scale: float, need_rows: bool, need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    choose("embed", weight.device, "triton")
-    inputs = kernel_inputs(
-        ids, weight, scale, position_weight, sinusoids, position_padding_idx, position_ids, position_start,
-        type_weight, type_ids, extra, mask, packed, norm, norm_weight, norm_bias, dropout_p, dropout_first, seed,
-        grad=grad,
-    )  # fmt: skip
-    check_saved(grad, ids, weight, packed, norm, mean, rstd)
-    width = weight.shape[-1]
-    if grad.numel() == 0:
-        norm_grads = (
-            p.new_zeros(p.shape) if need_norm and p is not None else weight.new_empty(0)
-            for p in (norm_weight, norm_bias)
-        )
-        return (weight.new_empty((0, width)), *norm_grads)  # type: ignore[return-value]
-    from embedkernels.kernels import embed as kernels
-
-    with torch.cuda.device_of(weight):
-        return kernels.embed_backward(
-            inputs, grad.contiguous(), contiguous(norm_weight), contiguous(norm_bias), mean, rstd, row_scale,
-            need_rows, need_norm,
-        )  # fmt: skip
-
-
-def _backward_fake(
-    grad: Tensor, ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
-    position_padding_idx: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float,
-    dropout_first: bool, seed: Tensor | None, row_scale: float, need_rows: bool, need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = weight.new_empty((math.prod(grad.shape[:-1]) if need_rows else 0, weight.shape[-1]))
-    weight_grad, bias_grad = (
-        p.new_empty(p.shape) if need_norm and p is not None else weight.new_empty(0) for p in (norm_weight, norm_bias)
-    )
-    return rows, weight_grad, bias_grad
-
-
-_library.impl("embed_forward", _forward_impl, "CompositeExplicitAutograd")
-_library.impl("embed_backward", _backward_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("embedkernels::embed_forward", _forward_fake, lib=_library)
-torch.library.register_fake("embedkernels::embed_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("embedkernels::embed_forward", backward, setup_context=setup_context, lib=_library)
-torch.library.register_autograd("embedkernels::embed_backward", double_backward, lib=_library)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from embedkernels.ops.arguments import checked_int, checked_number
-from embedkernels.ops.embedding_grad import check_ids_tensor
+from embedkernels.ops.embedding_plan import check_ids_tensor
 from embedkernels.reference.sinusoids import LAYOUTS, MOST_POSITIONS
-
-if TYPE_CHECKING:
-    from embedkernels.kernels.embed import Inputs
 
 # Products with it should be normal numbers in float32.
 _LARGEST_SCALE, _SMALLEST_SCALE = 2.0**100, 2.0**-100
 
 NORMS = (None, "layer", "rms")
+_OP_NORMS = ("none", "layer", "rms")
 
 
 def check_call(
@@ -42,15 +39,23 @@ def check_call(
         assert ids is not None
         _check_device("ids", ids, rows)
         shape = ids.shape
-    _check_table("position_weight", position_weight, rows)
-    _check_table("type_weight", type_weight, rows)
-    check_sinusoids(sinusoids, position_weight, rows.shape[-1], position_padding_idx)
+    # Of tables and ids that are as they mostly are, nothing is asked twice.
+    length, width = shape[-1] if shape else 1, rows.shape[-1:]
+    if position_weight is not None and not _fits(position_weight, width, rows):
+        _check_table("position_weight", position_weight, rows)
+    if type_weight is not None and not _fits(type_weight, width, rows):
+        _check_table("type_weight", type_weight, rows)
+    if sinusoids is not None:
+        check_sinusoids(sinusoids, position_weight, rows.shape[-1], position_padding_idx)
     count = position_rows(position_weight, sinusoids)
-    _check_more_ids("position_ids", position_ids, shape, rows, "position_weight" if count is None else None)
-    _check_more_ids("type_ids", type_ids, shape, rows, "type_weight" if type_weight is None else None)
-    position_start = checked_int(position_start, "position_start", "embed")
-    _check_start(count is not None, position_ids, position_start)
-    length = shape[-1] if shape else 1
+    if position_ids is not None:
+        _check_more_ids("position_ids", position_ids, shape, rows, "position_weight" if count is None else None)
+    if type_ids is not None:
+        _check_more_ids("type_ids", type_ids, shape, rows, "type_weight" if type_weight is None else None)
+    if type(position_start) is not int:
+        position_start = checked_int(position_start, "position_start", "embed")
+    if position_start != 0:
+        _check_start(count is not None, position_ids, position_start)
     check_implicit_ids(length, count, position_ids, position_start, type_weight, type_ids)
     if extra is not None:
         _check_broadcast("extra", extra, (*shape, rows.shape[-1]), rows)
@@ -70,11 +75,22 @@ def check_call(
             raise ValueError("embed: mask and packed are both given: rows that are packed are not masked")
     if norm not in NORMS:
         raise ValueError(f"embed: norm must be None, 'layer' or 'rms', got {norm!r}")
-    check_norm_parameters(norm is not None, norm_weight, norm_bias, rows)
+    if norm_weight is not None or norm_bias is not None:
+        check_norm_parameters(norm is not None, norm_weight, norm_bias, rows)
     norm_eps = checked_number(norm_eps, "norm_eps", "embed")
     if not 0.0 <= norm_eps < math.inf:
         raise ValueError(f"embed: norm_eps must be finite and not negative, got {norm_eps}")
     return checked_scale(scale), position_start, norm_eps, checked_dropout(dropout_p)
+
+
+def _fits(table: Tensor, columns: torch.Size, rows: Tensor) -> bool:
+    """Whether ``table`` is 2-D with these columns, of the dtype and on the device of ``rows``."""
+    return (
+        isinstance(table, Tensor)
+        and table.shape[1:] == columns
+        and table.dtype == rows.dtype
+        and table.device == rows.device
+    )
 
 
 def check_sinusoids(
@@ -135,8 +151,12 @@ def check_implicit_ids(
 
 def check_norm_parameters(norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> None:
     """The kernels read D elements of each, in one dtype."""
+    columns = weight.shape[-1:]
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if parameter is None:
+            continue
+        if norm and isinstance(parameter, Tensor) and parameter.shape == columns and parameter.dtype == weight.dtype:
+            _check_device(name, parameter, weight)
             continue
         _check_is_tensor(name, parameter)
         if not norm:
@@ -160,27 +180,24 @@ def checked_dropout(dropout_p: float) -> float:
     return dropout_p
 
 
-def kernel_inputs(
+def check_op(
     ids: Tensor | None, weight: Tensor, scale: float, position_weight: Tensor | None, sinusoids: str,
-    zero_position: int, position_ids: Tensor | None, position_start: int, type_weight: Tensor | None,
-    type_ids: Tensor | None, extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, dropout_p: float, dropout_first: bool, seed: Tensor | None,
-    grad: Tensor | None = None,
-) -> Inputs:  # fmt: skip
-    """What the kernels read. Guards what addresses rest on: the ops can be called without ``embed``.
+    position_ids: Tensor | None, position_start: int, type_weight: Tensor | None, type_ids: Tensor | None,
+    extra: Tensor | None, mask: Tensor | None, packed: Tensor | None, norm: str, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, dropout_p: float, seed: Tensor | None, grad: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What addresses in the kernels rest on, for the ops can be called without ``embed``.
 
     With ``grad``, for the backward pass: without a norm it reads no rows, and ``weight`` need not have any.
     """
-    from embedkernels.kernels.embed import MOST_ROWS, NORMS, Inputs
-
     if ids is not None:
         check_ids_tensor(ids, "embed")
         _check_device("ids", ids, weight)
         _checked_weight(weight)
     else:
         _check_rows("inputs_embeds", weight)
-    if norm not in NORMS:
-        raise ValueError(f"embed: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm not in _OP_NORMS:
+        raise ValueError(f"embed: norm must be one of {', '.join(_OP_NORMS)}, got {norm!r}")
     width = weight.shape[-1]
     shape = weight.shape[:-1] if ids is None else ids.shape
     if packed is not None:
@@ -190,9 +207,6 @@ def kernel_inputs(
         ids = position_weight = type_weight = extra = None
         sinusoids = "none"
     n, length = math.prod(shape), shape[-1] if shape else 1
-    most = max(n, 0 if packed is None else packed.numel())
-    if most > MOST_ROWS:
-        raise ValueError(f"embed: there are {most} rows, at most {MOST_ROWS} are supported")
     _check_table("position_weight", position_weight, weight)
     _check_table("type_weight", type_weight, weight)
     for name, given in (("position_ids", position_ids), ("type_ids", type_ids), ("mask", mask)):
@@ -218,21 +232,7 @@ def kernel_inputs(
     check_sinusoids(None if sinusoids == "none" else sinusoids, position_weight, width, None)
     check_norm_parameters(norm != "none", norm_weight, norm_bias, weight)
     check_seed(dropout_p, seed, weight)
-    return Inputs(
-        contiguous(ids), weight.reshape(-1, width).contiguous(), checked_scale(scale), contiguous(position_weight),
-        sinusoids, zero_position, contiguous(position_ids), position_start, length, contiguous(type_weight),
-        contiguous(type_ids), contiguous(extra), _factors(mask), contiguous(packed), norm, dropout_p, dropout_first,
-        seed,
-    )  # fmt: skip
-
-
-def _factors(mask: Tensor | None) -> Tensor | None:
-    """A mask as the kernels read it: bools as bytes, and in fp32 what they would not compute with."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        return mask.contiguous().view(torch.uint8)
-    return (mask.float() if mask.dtype == torch.float64 else mask).contiguous()
+    checked_scale(scale)
 
 
 def check_seed(dropout_p: float, seed: Tensor | None, weight: Tensor) -> None:
@@ -261,10 +261,6 @@ def check_saved(
         if there and (saved.dtype != torch.float32 or saved.numel() != n):
             raise ValueError(f"embed: {name} must be float32 ({n},), got {saved.dtype} {tuple(saved.shape)}")
         _check_device(name, saved, weight)
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _check_is_tensor(name: str, given: object) -> None:
@@ -317,7 +313,8 @@ def _check_more_ids(name: str, given: Tensor | None, shape: torch.Size, rows: Te
         raise ValueError(f"embed: {name} is given, but {missing} is None")
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"embed: {name} must be int32 or int64, got {given.dtype}")
-    _check_broadcast(name, given, shape, rows)
+    if given.shape != shape or given.device != rows.device:
+        _check_broadcast(name, given, shape, rows)
 
 
 def _check_broadcast(name: str, given: Tensor, shape: Sequence[int], rows: Tensor) -> None:

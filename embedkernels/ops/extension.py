@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 # What csrc/library.cpp must say: schemas and meaning of the ops that this version of the package calls.
-INTERFACE = 1
+INTERFACE = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LOCK = threading.Lock()
 _REBUILD = "rebuild it with: python setup.py build_ext --inplace, or reinstall embedkernels"
@@ -73,9 +73,11 @@ def _inspect(path: Path, package: Path) -> ExtensionStatus:
         OSError: not a library, or not one for this machine and PyTorch.
         AttributeError: a library, but not this one.
     """
-    # A file cut short can kill the process inside the system's loader: look before loading.
+    # A file cut short can kill the process inside the system's loader: nothing is loaded that is not what was built.
     expected = _record(package, "sha256")
-    if expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    if not expected:
+        raise OSError("the build's record of its checksum, _extension.json, is missing or damaged")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
         raise OSError("its checksum is not the one that the build wrote down: the file is damaged")
     torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
@@ -107,7 +109,10 @@ def load(package: Path) -> ExtensionStatus:
     if os.environ.get("EMBEDKERNELS_DISABLE_EXTENSION", "0") == "1":
         return _refused(path if path.is_file() else None, "EMBEDKERNELS_DISABLE_EXTENSION=1 is set")
     if not path.is_file():
-        return _refused(None, _why_missing(package))
+        status = _refused(None, _why_missing(package))
+        if _record(package, "built") == "True":
+            _warn(status)
+        return status
     try:
         status = _inspect(path, package)
     except (OSError, AttributeError) as error:
@@ -115,8 +120,12 @@ def load(package: Path) -> ExtensionStatus:
         text = " ".join(str(error.__cause__ or error).split())
         status = _refused(path, f"{path.name} cannot be loaded ({text}): {_REBUILD}")
     if not status.loaded:
-        warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=2)
+        _warn(status)
     return status
+
+
+def _warn(status: ExtensionStatus) -> None:
+    warnings.warn(f"embedkernels runs without its C++ library: {status.reason}", RuntimeWarning, stacklevel=3)
 
 
 @functools.cache
@@ -127,7 +136,7 @@ def _status() -> ExtensionStatus:
 def extension_status() -> ExtensionStatus:
     """Whether the C++/CUDA library is loaded, what it holds, and why. Loads it on the first call.
 
-    A library that is there but cannot be used is reported by one RuntimeWarning.
+    A library that is there but cannot be used, or was built and is gone, is reported by one RuntimeWarning.
     """
     # Autograd may make the first call from several threads; the ops must be registered once.
     with _LOCK:
@@ -161,17 +170,15 @@ def _register_fakes() -> None:
     """Shapes and dtypes of the raw ops, so that they can be traced."""
 
     @torch.library.register_fake("embedkernels_ext::embedding_plan")
-    def _(ids: Tensor, num_rows: int, padding_idx: int, vocab_start: int) -> tuple[Tensor, ...]:  # noqa: ARG001
+    def _(
+        ids: Tensor,
+        num_rows: int,  # noqa: ARG001
+        padding_idx: int,  # noqa: ARG001
+        vocab_start: int,  # noqa: ARG001
+        ignored: Tensor | None,  # noqa: ARG001
+    ) -> tuple[Tensor, ...]:
         n = ids.numel()
         return tuple(ids.new_empty(size, dtype=torch.int32) for size in (n, n, n + 1, 1))
 
-    @torch.library.register_fake("embedkernels_ext::embedding_grad_dense")
-    def _(
-        grad_rows: Tensor,
-        order: Tensor,  # noqa: ARG001
-        segment_ids: Tensor,  # noqa: ARG001
-        segment_offsets: Tensor,  # noqa: ARG001
-        count: Tensor,  # noqa: ARG001
-        num_rows: int,
-    ) -> Tensor:
-        return grad_rows.new_empty((num_rows, grad_rows.shape[1]))
+    @torch.library.register_fake("embedkernels_ext::embedding_grad")
+    def _(*arguments: object) -> None: ...

@@ -40,10 +40,14 @@ class ErrorState:
     flag: Tensor
     record: Tensor
 
+    def __post_init__(self) -> None:
+        # The host's memory itself: no tensor op, no mode, no sync.
+        self._set = ctypes.c_int64.from_address(self.record.data_ptr())
+
     @property
     def pending(self) -> bool:
-        """Whether there is something to raise. Reads the host's memory itself: no tensor op, no mode, no sync."""
-        return ctypes.c_int64.from_address(self.record.data_ptr()).value != 0
+        """Whether there is something to raise."""
+        return self._set.value != 0
 
 
 _states: dict[torch.device, ErrorState] = {}

@@ -8,6 +8,7 @@ from torch import Tensor
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.arguments import checked_int
 from embedkernels.ops.backend import Backend, choose
+from embedkernels.ops.eager import is_eager, shown_as
 from embedkernels.reference import positions as reference
 
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -68,9 +69,8 @@ def count_positions(
     id_errors.begin_without_ids(tokens.device)
     if choose(op, tokens.device, backend).backend == "torch":
         return reference.count_positions(tokens, padding_idx, start, padding_position, skip).contiguous()
-    out: Tensor = torch.ops.embedkernels.count_positions(
-        tokens, 0 if padding_idx is None else padding_idx, start, padding_position, skip
-    )
+    call = _launch if is_eager(tokens) else torch.ops.embedkernels.count_positions
+    out: Tensor = call(tokens, 0 if padding_idx is None else padding_idx, start, padding_position, skip)
     return out
 
 
@@ -88,21 +88,27 @@ _library.define(
 
 
 def _impl(tokens: Tensor, padding_idx: int, start: int, padding_position: int, skip: int) -> Tensor:
-    from embedkernels.kernels import positions as kernels
-
     id_errors.raise_pending(tokens.device)
     choose("count_positions", tokens.device, "triton")
     if not 0 <= skip <= tokens.shape[-1]:
         raise ValueError(f"count_positions: skip must be 0 to the length {tokens.shape[-1]}, got {skip}")
+    return _counted(tokens, padding_idx, start, padding_position, skip)
+
+
+def _counted(tokens: Tensor, padding_idx: int, start: int, padding_position: int, skip: int) -> Tensor:
+    from embedkernels.kernels import positions as kernels
+
     out = _fake(tokens, padding_idx, start, padding_position, skip)
     if out.numel() > 0:
-        tokens = tokens.view(torch.uint8) if tokens.dtype == torch.bool else tokens
-        with torch.cuda.device_of(tokens):
-            kernels.count_positions(
-                out.view(-1, out.shape[-1]), tokens.reshape(-1, tokens.shape[-1]), padding_idx, start,
-                padding_position, skip,
-            )  # fmt: skip
+        if tokens.dtype == torch.bool:
+            tokens = tokens.view(torch.uint8)
+        if tokens.dim() != 2:
+            tokens = tokens.reshape(-1, tokens.shape[-1])
+        kernels.count_positions(out, tokens, padding_idx, start, padding_position, skip)
     return out
+
+
+_launch = shown_as("embedkernels::count_positions")(_counted)
 
 
 def _fake(tokens: Tensor, padding_idx: int, start: int, padding_position: int, skip: int) -> Tensor:  # noqa: ARG001

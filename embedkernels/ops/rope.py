@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.arguments import checked_int
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
+from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.layout import empty_in_order_of
 from embedkernels.reference import rope as reference
 
@@ -80,7 +83,7 @@ def rope(
     if stock or not in_kernels or choose("rope", query.device, backend).backend == "torch":
         turned = reference.rotate(query, cos, sin, rotary_dim, interleaved)
         return turned, None if key is None else reference.rotate(key, cos, sin, rotary_dim, interleaved)
-    turned, turned_key = torch.ops.embedkernels.rope(query, key, cos, sin, rotary_dim, bool(interleaved), False)
+    turned, turned_key = _turn(query, key, cos, sin, rotary_dim, bool(interleaved), False)
     return turned, None if key is None else turned_key
 
 
@@ -146,30 +149,47 @@ _library.define(
 def _impl(
     query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
-    from embedkernels.kernels import rope as kernels
-
     # The kernel trusts these: the op can be called without ``rope``.
     _check_tensors(query, key, cos, sin)
     _checked_rotary_dim(rotary_dim, query, cos)
     _check_tables(query, cos, sin, rotary_dim)
     id_errors.raise_pending(query.device)
     choose("rope", query.device, "triton")
+    return _launch(query, key, cos, sin, rotary_dim, interleaved, adjoint)
+
+
+def _launch(
+    query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, adjoint: bool
+) -> tuple[Tensor, Tensor]:
+    from embedkernels.kernels import rope as kernels
+
     query_out, key_out = _outputs(query, key)
     if 0 in query.shape and (key is None or 0 in key.shape):
         return query_out, key_out
-    with torch.cuda.device_of(query):
-        batch = query.shape[0]
-        tables = (table.expand(batch, -1, -1) for table in (_rows(cos), _rows(sin)))
-        if query.shape[1] == 0:  # key alone
-            assert key is not None
-            query, key, first, second = key, None, key_out, None
-        else:
-            first, second = query_out, None if key is None else key_out
-        kernels.rope(
-            first, second, _rows(query), None if key is None else _rows(key), *tables,
-            rotary_dim=rotary_dim, interleaved=interleaved, adjoint=adjoint,
-        )  # fmt: skip
+    if query.shape[1] == 0:  # key alone
+        assert key is not None
+        query, key, first, second = key, None, key_out, None
+    else:
+        first, second = query_out, None if key is None else key_out
+    kernels.rope(
+        first, second, _rows(query), None if key is None else _rows(key), _rows(cos), _rows(sin),
+        rotary_dim=rotary_dim, interleaved=interleaved, adjoint=adjoint,
+    )  # fmt: skip
     return query_out, key_out
+
+
+_launch_shown = shown_as("embedkernels::rope")(_launch)
+
+
+def _turn(query: Tensor, key: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    """The op, without the dispatcher in eager mode. ``settings`` are its arguments from ``cos`` on."""
+    if not is_eager(query, key, *settings[:2]):
+        out: tuple[Tensor, Tensor] = torch.ops.embedkernels.rope(query, key, *settings)
+    elif any_requires_grad(query, key):
+        out = apply(Rope, query, key, *settings)
+    else:
+        out = _launch_shown(query, key, *settings)
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -205,11 +225,23 @@ def _backward(ctx, grad_query, grad_key):  # type: ignore[no-untyped-def]
         grad_key = None
     if grad_query is None:
         if grad_key is not None:
-            grad_key = torch.ops.embedkernels.rope(grad_key, None, *settings)[0]
+            grad_key = _turn(grad_key, None, *settings)[0]
     else:
-        grad_query, turned_key = torch.ops.embedkernels.rope(grad_query, grad_key, *settings)
+        grad_query, turned_key = _turn(grad_query, grad_key, *settings)
         grad_key = None if grad_key is None else turned_key
     return grad_query, grad_key, None, None, None, None, None
+
+
+class Rope(torch.autograd.Function):
+    """The op on plain tensors, as autograd records it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _launch_shown(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 torch.library.register_autograd("embedkernels::rope", _backward, setup_context=_setup_context, lib=_library)

@@ -30,14 +30,12 @@ def philox(seed: Tensor | int, c0: Tensor, c1: Tensor | int = 0, c2: Tensor | in
     """Four words of 32 random bits for every counter (c0, c1, c2, 0).
 
     Args:
-        seed: integer or int64 tensor of one element; its 64 bits are the key.
+        seed: integer or int64 tensor of one element; its 64 bits are the key. A tensor is not waited for.
         c0, c1, c2: counters in [0, 2**32), int64 tensors (or integers) that broadcast together.
 
     Returns:
         four int64 tensors of the broadcast shape, each in [0, 2**32).
     """
-    if isinstance(seed, Tensor):
-        seed = int(seed.item())
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     zero = torch.zeros_like(c0)
     x0, x1, x2, x3 = torch.broadcast_tensors(c0 & _MASK, zero + c1, zero + c2, zero)
@@ -72,3 +70,25 @@ def row_keep_mask(seed: Tensor | int, rows: int, columns: int, p: float, device:
     words = philox(seed, c0, row & _MASK, row >> 32)
     bits = torch.stack(words, dim=-1).reshape(rows, groups * 4)[:, :columns]
     return keep_from_bits(bits, p)
+
+
+def round_stochastic(values: Tensor, rows: Tensor, seed: Tensor | int) -> Tensor:
+    """fp32 to bfloat16, up with the probability that the cut-off part is of a unit in the last place.
+
+    The mean of what comes out is the value itself, so that sums of many small addends do not stall.
+
+    Args:
+        values: (N, D), float32.
+        rows: (N), number of each row in [0, 2**32). Element (r, c) of a table always gets the same 16 bits: of
+            counter (c // 8, r) word c % 8 // 2, the lower half for even c.
+        seed: see :func:`philox`.
+
+    Returns:
+        bfloat16 (N, D). Infinities and NaN are rounded to nearest.
+    """
+    width = values.shape[1]
+    groups = torch.arange((width + 7) // 8, device=values.device, dtype=torch.int64)[None, :]
+    words = torch.stack(philox(seed, groups, rows.long()[:, None]), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(values.shape[0], -1)[:, :width]
+    upper = ((values.contiguous().view(torch.int32).long() + halves) >> 16).to(torch.int16)
+    return torch.where(values.isfinite(), upper.view(torch.bfloat16), values.bfloat16())

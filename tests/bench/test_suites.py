@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, rivals, suites
+from bench import cases, rivals, suites, table_grad
 from bench.rivals import Prepared, Rival
 from bench.timing import Stopwatch
 
@@ -64,7 +64,8 @@ def test_the_reference_agrees_with_pytorch_in_double(name: str) -> None:
     """The float64 references are written out here: PyTorch in float64 must agree with them to its own precision."""
     suite = suites.SUITES[name]
     for case in suite.cases:
-        x = suite.inputs(dataclasses.replace(case.tiny(), dtype="float64"), CPU)
+        one_dtype = {"buffer": ""} if isinstance(case, table_grad.GradCase) else {}
+        x = suite.inputs(dataclasses.replace(case.tiny(), dtype="float64", **one_dtype), CPU)
         expected = suite.expected(x)
         found = suite.rivals(True)[0].build(x, 0.0).training()
         for key, want in expected.items():
@@ -135,7 +136,7 @@ def test_without_a_yardstick_nothing_is_called_right(monkeypatch: pytest.MonkeyP
 def test_a_broken_case_does_not_stop_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suites.SUITES["embedding_grad"]
 
-    def inputs(case: cases.GradCase, device: torch.device) -> SimpleNamespace:
+    def inputs(case: table_grad.GradCase, device: torch.device) -> SimpleNamespace:
         if case.name == suite.cases[0].name:
             raise MemoryError("too large")
         return suite.inputs(case, device)
@@ -351,12 +352,6 @@ def test_rivals_that_are_not_installed_are_listed(monkeypatch: pytest.MonkeyPatc
     assert rivals.absent() == ["no_such_rival"]
 
 
-def test_floors_count_the_bytes_of_a_table() -> None:
-    case = cases.GradCase("one", count=100, rows=1000, width=64)
-    x = suites.grad_inputs(case, CPU)
-    assert suites.grad_floors(case, x) == {"training": (100 * 64 * 2 + 1000 * 64 * 2 + 800, 0)}
-
-
 def test_causal_attention_counts_half_the_pairs() -> None:
     full = cases.AttentionCase("full", 2, 16, 4, 4, 8)
     causal = dataclasses.replace(full, causal=True)
@@ -388,3 +383,11 @@ def test_samples_of_different_rivals_alternate(monkeypatch: pytest.MonkeyPatch) 
     assert len(order) == 4
     assert order[:2] == order[2:]
     assert order[0] != order[1]
+
+
+def test_cases_are_chosen_by_name() -> None:
+    saved: list[dict[str, Any]] = []
+    assert suites.run("rope", CPU, 60, True, saved.append, ("llama-1b 2k",))
+    assert [record["name"] for record in saved[-1]["cases"]] == ["llama-1b 2k"]
+    with pytest.raises(ValueError, match="suite rope has no case llama: llama-8b 2k, llama-1b 2k"):
+        suites.run("rope", CPU, 60, True, saved.append, ("llama",))

@@ -1,6 +1,6 @@
 """Every shipped kernel compiles for every target, without spills and within its bounds.
 
-Compiled without a GPU, once per session whatever the number of test processes, in some 200 seconds of one core. So
+Compiled without a GPU, once per session whatever the number of test processes, in some 240 seconds of one core. So
 long because every tile is there; left out (``bench.resources.select``, thin) are
 
 - fp16, which is the same as bf16 but for the type's name;
@@ -84,6 +84,24 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("embed_*", "sm_*", 64, HALF, True, False, "bound by memory, and half occupied for the whole front end"),
     Bound("embedding_fwd_kernel[d33,*", "sm_*", 64, HALF, False, False, "rows that are not multiples of 16 bytes"),
     Bound("embedding_fwd_kernel*", "sm_*", 64, HALF, True, False, "bound by memory: nothing but a copy"),
+    Bound(
+        "embedding_grad_tile_kernel*,fp64,accumulate*",
+        "sm_*",
+        192,
+        0.15,
+        False,
+        False,
+        "twice fp32, and rows of the table in flight too",
+    ),
+    Bound(
+        "embedding_grad_tile_kernel*,fp32*,accumulate*",
+        "sm_*",
+        120,
+        0.26,
+        False,
+        False,
+        "rows of the table are in flight too",
+    ),
     Bound("embedding_grad_*fp64*", "sm_*", 168, 0.18, False, False, "twice fp32: for gradient checks"),
     Bound("embedding_grad_*", "sm_*", 96, THIRD, False, False, "bound by memory"),
     Bound("rope_kernel*", "sm_*", 64, HALF, True, False, "bound by memory: two multiplications an element"),

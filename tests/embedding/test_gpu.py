@@ -205,3 +205,97 @@ def test_beyond_2_31_elements(op: str, long: str) -> None:
         part = slice(first, first + (1 << 18))
         assert bool((y[part] == expected[part, None]).all()), first
     ek.check_errors()
+
+
+def stepped(backend: Any, ids: Tensor, rows: Tensor, table: int) -> list[Tensor]:
+    """A plan and its gradient in every mode."""
+    plan = ek.embedding_plan(ids, table, padding_idx=1, backend=backend)
+    buffer = torch.ones(table, rows.shape[1], device="cuda")
+    found = ek.embedding_grad(rows, plan, mode="rows", backend=backend)
+    assert isinstance(found, ek.RowGradient)
+    dense = ek.embedding_grad(rows, plan, backend=backend)
+    assert isinstance(dense, Tensor)
+    ek.embedding_grad(rows, plan, out=buffer, backend=backend)
+    return [dense, buffer, found.values, found.count]
+
+
+@pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
+@pytest.mark.parametrize("n", [300, 4096, 5000, 40_000, 140_000])
+def test_a_captured_gradient_serves_changed_ids(backend: Any, n: int) -> None:
+    """One launch of the plan or several; other ids, another number of rows in use."""
+    table = 3000
+    ids = torch.randint(0, table, (n,), device="cuda")
+    rows = torch.randn(n, 136, device="cuda").bfloat16()
+    graph, out = captured(lambda: stepped(backend, ids, rows, table))
+    for draw in ("uniform", "hot", "padding"):
+        ids.random_(0, table)
+        if draw == "hot":
+            ids[: n // 2] = 17
+        elif draw == "padding":
+            ids.fill_(1)
+        rows.normal_()
+        graph.replay()
+        expected = stepped(backend, ids, rows, table)
+        count = int(expected[3])
+        assert torch.equal(out[0], expected[0]), draw
+        assert torch.equal(out[1], expected[1]), draw
+        assert torch.equal(out[2][:count], expected[2][:count]), draw
+        assert int(out[3]) == count, draw
+
+
+@pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
+@pytest.mark.parametrize("n", [1, 255, 4096, 4097, 65_536, 65_537, 200_000])
+@pytest.mark.parametrize("rows", [1, 2, 40, 30_522, 128_256, 1_000_000])
+def test_plans_of_every_size(backend: Any, n: int, rows: int) -> None:
+    """Keys packed with positions and keys beside them, one launch and several: all are the stable sort."""
+    for ids in (torch.randint(-5, rows + 5, (n,), device="cuda"), torch.randint(0, rows, (n,), device="cuda").int()):
+        plan = ek.embedding_plan(ids, rows, backend=backend)
+        kept = ((ids >= 0) & (ids < rows)).nonzero().reshape(-1)
+        order = kept[ids[kept].long().sort(stable=True).indices]
+        used, sizes = ids[order].long().unique_consecutive(return_counts=True)
+        count = int(plan.count)
+        assert count == used.numel()
+        assert torch.equal(plan.order[: kept.numel()].long(), order)
+        assert torch.equal(plan.segment_ids[:count].long(), used)
+        assert torch.equal(plan.segment_offsets[1 : count + 1].long(), sizes.cumsum(0))
+        assert int(plan.segment_offsets[0]) == 0
+
+
+@pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
+@pytest.mark.parametrize("mode", ["dense", "accumulate", "rows"])
+def test_a_gradient_beyond_2_31_elements(backend: Any, mode: Any) -> None:
+    """N·D above 2**31, and V·D too: what a 32-bit offset would miss."""
+    width, many = 1024, 2**31 // 1024 + 3
+    if torch.cuda.mem_get_info()[0] < 5 * many * width * 2:
+        pytest.skip("needs 22 GB of GPU memory")
+    rows = torch.ones(many, width, dtype=torch.bfloat16, device="cuda")
+    ids = torch.arange(many - 1, -1, -1, device="cuda")
+    ids[0] = 0  # the first and the last gradient row meet in row 0; the last row of the table has none
+    plan = ek.embedding_plan(ids, many, backend=backend)
+    out = torch.ones(many, width, dtype=torch.bfloat16, device="cuda") if mode == "accumulate" else None
+    found = ek.embedding_grad(rows, plan, mode=mode, out=out, backend=backend)
+    sums = found.values[: many - 1] if isinstance(found, ek.RowGradient) else found
+    extra = 1.0 if mode == "accumulate" else 0.0
+    expected = torch.ones(sums.shape[0], device="cuda") + extra
+    expected[0] += 1
+    if mode != "rows":
+        expected[-1] = extra
+    assert torch.equal(sums[:, 0].float(), expected)
+    assert torch.equal(sums[:, -1].float(), expected)
+
+
+@pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
+def test_the_workspace_is_an_eighth_of_the_gradient_rows(backend: Any) -> None:
+    n, width, table = 131_072, 1024, 50
+    ids, rows = torch.randint(0, table, (n,), device="cuda"), torch.randn(n, width, device="cuda").bfloat16()
+    plan = ek.embedding_plan(ids, table, backend=backend)
+    if backend == "torch":
+        pytest.skip("plain PyTorch makes copies of slabs")
+    ek.embedding_grad(rows, plan, backend=backend)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = ek.embedding_grad(rows, plan, backend=backend)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= n * width // 8 + (1 << 20)
+    del kept

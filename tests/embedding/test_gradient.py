@@ -164,9 +164,11 @@ def test_a_shard_takes_its_rows_only(backend: str, device: torch.device) -> None
     ids, grad_rows = uniform(100, 40).to(device), torch.randn(4, 25, 6, device=device)
     parts = [
         ek.embedding_grad(
-            grad_rows, ek.embedding_plan(ids, 10, vocab_start=start, padding_idx=17, backend=backend), backend=backend
+            grad_rows,
+            ek.embedding_plan(ids, 40, vocab_start=start, vocab_end=end, padding_idx=17, backend=backend),
+            backend=backend,
         )
-        for start in (0, 10, 20, 30)
+        for start, end in ((0, 10), (10, 20), (20, 30), (30, None))
     ]
     assert errors(torch.cat(parts), expected_gradient(grad_rows, ids, 40, 17))[0] < 1e-5
 

@@ -22,11 +22,16 @@ def segments(plan: EmbeddingPlan) -> list[tuple[int, list[int]]]:
     return [(rows[s], order[offsets[s] : offsets[s + 1]]) for s in range(count)]
 
 
-def expected_segments(ids: Tensor, rows: int, padding_idx: int | None, start: int) -> list[tuple[int, list[int]]]:
+def expected_segments(
+    ids: Tensor, rows: int, padding_idx: int | None, start: int, ignored: Tensor | None = None
+) -> list[tuple[int, list[int]]]:
     """The same, one position after the other."""
     meet: dict[int, list[int]] = {}
-    for position, value in enumerate(ids.reshape(-1).tolist()):
-        if start <= value < start + rows and value != padding_idx:
+    dropped = torch.zeros_like(ids, dtype=torch.bool) if ignored is None else ignored
+    for position, (value, drop) in enumerate(
+        zip(ids.reshape(-1).tolist(), dropped.reshape(-1).tolist(), strict=True)
+    ):
+        if start <= value < start + rows and value != padding_idx and not drop:
             meet.setdefault(value - start, []).append(position)
     return sorted(meet.items())
 
@@ -69,13 +74,20 @@ def test_ids_outside_the_shard_and_padding_are_dropped(
     near = st.integers(max(start - 3, info.min), min(start + rows + 3, info.max)) if start <= info.max else st.just(0)
     anywhere = st.integers(info.min, info.max)
     values = data.draw(st.lists(st.one_of(near, near, anywhere, st.just(info.min), st.just(info.max)), max_size=24))
-    padding_idx = data.draw(st.none() | st.integers(start, start + rows + 2))
+    more = data.draw(st.integers(0, 3))  # rows of the table behind the shard
+    padding_idx = data.draw(st.none() | st.integers(start, start + rows + more - 1)) if rows + more else None
     ids = torch.tensor(values, dtype=dtype, device=device)
+    ignored = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))).to(device)
     if len(values) % 2 == 0:
-        ids = ids.view(2, -1).t()  # not contiguous: positions are those of the flattened ids
-    plan = ek.embedding_plan(ids, rows, padding_idx=padding_idx, vocab_start=start, backend=backend)
+        # Not contiguous: positions are those of the flattened ids.
+        ids, ignored = ids.view(2, -1).t(), ignored.bool().view(2, -1).t()
+    ignored, masked = ignored.bool(), data.draw(st.booleans())
+    plan = ek.embedding_plan(
+        ids, start + rows + more, padding_idx=padding_idx, ignore=ignored if masked else None, vocab_start=start,
+        vocab_end=start + rows, backend=backend,
+    )  # fmt: skip
     check_form(plan, ids, rows)
-    assert segments(plan) == expected_segments(ids, rows, padding_idx, start)
+    assert segments(plan) == expected_segments(ids, rows, padding_idx, start, ignored if masked else None)
 
 
 @pytest.mark.parametrize("rows", [1 << 15, (1 << 15) - 1, (1 << 15) + 1, 1 << 16, 1 << 20])
@@ -90,6 +102,20 @@ def test_keys_of_every_width_sort_alike(rows: int, device: torch.device) -> None
 def test_negative_padding_counts_from_the_end(device: torch.device) -> None:
     ids = torch.tensor([0, 9, 4, 9], device=device)
     assert segments(ek.embedding_plan(ids, 10, padding_idx=-1)) == [(0, [0]), (4, [2])]
+
+
+@pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
+def test_an_id_to_ignore_is_taken_as_it_is(backend: str, device: torch.device) -> None:
+    """-100 marks what has no label, and is no row counted from the end."""
+    ids = torch.tensor([4, -100, 9, 4, 0], device=device)
+    for ignore, rest in ((4, [(0, [4]), (9, [2])]), (-100, [(0, [4]), (4, [0, 3]), (9, [2])])):
+        assert segments(ek.embedding_plan(ids, 10, ignore=ignore, backend=backend)) == rest
+
+
+@pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
+def test_opcheck(backend: str, device: torch.device) -> None:
+    ids = torch.randperm(17, device=device)  # every position and row is kept: nothing is left undefined
+    torch.library.opcheck(torch.ops.embedkernels.embedding_plan.default, (ids, 17, -1, 0, None, backend))
 
 
 @pytest.mark.gpu
@@ -112,15 +138,30 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
         ({"ids": torch.zeros(3)}, TypeError, "ids must be int32 or int64, got torch.float32"),
         ({"ids": torch.zeros(3, dtype=torch.int16)}, TypeError, "ids must be int32 or int64, got torch.int16"),
         ({"ids": [1, 2]}, TypeError, "ids must be a Tensor, got list"),
-        ({"num_embeddings": -1}, ValueError, "num_embeddings must be 0 to 2147483647, got -1"),
-        ({"num_embeddings": 2**31}, ValueError, "num_embeddings must be 0 to 2147483647, got 2147483648"),
+        ({"num_embeddings": -1}, ValueError, "num_embeddings must be 0 to .*, got -1"),
+        ({"num_embeddings": 2**31}, ValueError, "at most 2147483647 rows, got 2147483648"),
+        ({"num_embeddings": 2.5}, TypeError, "num_embeddings must be an int, got float"),
         (
             {"padding_idx": -11},
             ValueError,
             "padding_idx -11 is out of range for a table of 10 rows: expected -10 to 9",
         ),
-        ({"vocab_start": -1}, ValueError, "vocab_start must be 0 to"),
-        ({"vocab_start": 10, "padding_idx": -1}, ValueError, "padding_idx must not be negative with vocab_start"),
+        ({"vocab_start": -1}, ValueError, "must be a part of the table's 10 rows, got -1 and 10"),
+        ({"vocab_start": 5, "vocab_end": 4}, ValueError, "must be a part of the table's 10 rows, got 5 and 4"),
+        ({"vocab_end": 11}, ValueError, "must be a part of the table's 10 rows, got 0 and 11"),
+        ({"vocab_end": "3"}, TypeError, "vocab_end must be an int, got str"),
+        ({"ignore": torch.zeros(3)}, TypeError, "ignore must be a bool tensor or an int, got torch.float32"),
+        (
+            {"ignore": torch.zeros(4, dtype=torch.bool)},
+            ValueError,
+            r"ignore must have the shape of ids, \(3,\), got \(4,\)",
+        ),
+        ({"ignore": "x"}, TypeError, "ignore must be an int, got str"),
+        (
+            {"ignore": 3, "padding_idx": 2},
+            ValueError,
+            "give one id to ignore, as padding_idx or as ignore; got 2 and 3",
+        ),
         ({"backend": "cuda"}, ValueError, "backend must be one of extension, triton, torch or auto, got 'cuda'"),
     ],
 )

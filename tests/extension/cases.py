@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from embedkernels.reference.random import philox
+
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Each breaks something else: uniform ids make short segments, Zipf a few long ones among many short, one hot id and
@@ -54,20 +56,30 @@ def make_ids(distribution: str, n: int, rows: int, seed: int = 0, dtype: torch.d
     return ids.to(dtype)
 
 
-def kept(ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0) -> Tensor:
+def kept(
+    ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0, ignored: Tensor | None = None
+) -> Tensor:
     """Which ids count, by the definition: bool (N,)."""
     ids = ids.reshape(-1).cpu().long()
     local = ids - vocab_start
-    return (local >= 0) & (local < num_rows) & (ids != padding_idx)
+    keep = (local >= 0) & (local < num_rows) & (ids != padding_idx)
+    return keep if ignored is None else keep & ~ignored.reshape(-1).cpu()
 
 
-def check_plan(made: Plan, ids: Tensor, num_rows: int, padding_idx: int = -1, vocab_start: int = 0) -> None:
+def check_plan(
+    made: Plan,
+    ids: Tensor,
+    num_rows: int,
+    padding_idx: int = -1,
+    vocab_start: int = 0,
+    ignored: Tensor | None = None,
+) -> None:
     """Fail unless ``made`` is the plan, element by element."""
     order, segment_ids, offsets, count = (part.cpu() for part in made)
     n = ids.numel()
     assert [tuple(part.shape) for part in made] == [(n,), (n,), (n + 1,), (1,)]
     assert all(part.dtype == torch.int32 for part in made)
-    positions = kept(ids, num_rows, padding_idx, vocab_start).nonzero().reshape(-1)
+    positions = kept(ids, num_rows, padding_idx, vocab_start, ignored).nonzero().reshape(-1)
     local = (ids.reshape(-1).cpu().long() - vocab_start)[positions]
     by_row = torch.sort(local, stable=True)
     rows, sizes = torch.unique_consecutive(by_row.values, return_counts=True)
@@ -96,3 +108,43 @@ def grad_pytorch(
     keep = kept(ids, num_rows, padding_idx, vocab_start).to(grad_rows.device)
     rows = (ids.reshape(-1).long() - vocab_start).masked_fill(~keep.to(ids.device), 0)
     return torch.ops.aten.embedding_dense_backward(grad_rows * keep[:, None], rows, num_rows, -1, False)
+
+
+def sum_reference(
+    grad_rows: Tensor,
+    ids: Tensor,
+    num_rows: int,
+    padding_idx: int = -1,
+    *,
+    sources: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale_by_freq: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The dense gradient with sources, weights and the scale by frequency, added in ``dtype`` by ``index_add_``."""
+    device = grad_rows.device
+    ids = ids.reshape(-1).cpu().long()
+    keep = kept(ids, num_rows, padding_idx)
+    at, rows = keep.nonzero().reshape(-1).to(device), ids[keep].to(device)
+    values = grad_rows[at if sources is None else sources[at].long()].to(dtype)
+    if weights is not None:
+        values = values * weights[at, None].to(dtype)
+    out = torch.zeros(num_rows, grad_rows.shape[1], dtype=dtype, device=device).index_add_(0, rows, values)
+    if scale_by_freq:
+        out *= torch.bincount(rows, minlength=num_rows).clamp(min=1).to(dtype).reciprocal()[:, None]
+    return out
+
+
+def rounding_bits(seed: int, rows: Tensor, width: int) -> Tensor:
+    """The 16 random bits of every column of the table's ``rows``: int64 (len(rows), width)."""
+    groups = torch.arange((width + 7) // 8)
+    words = torch.stack(philox(seed, groups[None, :], rows.long()[:, None]), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
+    return halves.reshape(len(rows), -1)[:, :width]
+
+
+def round_stochastically(values: Tensor, random16: Tensor) -> Tensor:
+    """Float32 values as bfloat16: the upper half of bits + ``random16``; to nearest where they are not finite."""
+    bits = (values.view(torch.int32).long() + random16) >> 16
+    rounded = bits.to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.bfloat16())

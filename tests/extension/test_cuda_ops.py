@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from embedkernels.ops.extension import device_problem, extension_status
-from tests.contract import assert_within_contract
+from embedkernels.reference.embedding import ACCUMULATE, DENSE
+from embedkernels.reference.random import round_stochastic
+from tests.contract import assert_within_contract, poisoned
 from tests.extension.cases import DISTRIBUTIONS, PADDING, check_plan, grad_pytorch, grad_reference, make_ids
+from tests.extension.grad_cases import MODES, PAIRS, assert_expected, expected_grad
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -19,14 +22,27 @@ def _loaded():
 
 
 def make_plan(ids, rows, padding=-1, start=0):
-    return torch.ops.embedkernels_ext.embedding_plan(ids, rows, padding, start)
+    return torch.ops.embedkernels_ext.embedding_plan(ids, rows, padding, start, None)
+
+
+def grad(out, grad_rows, made, mode, sources=None, weights=None, scale_by_freq=False, seed=None):
+    torch.ops.embedkernels_ext.embedding_grad(out, grad_rows, *made, mode, sources, weights, scale_by_freq, seed)
+    return out
 
 
 def dense(grad_rows, made, rows):
-    return torch.ops.embedkernels_ext.embedding_grad_dense(grad_rows, *made, rows)
+    out = poisoned(rows, grad_rows.shape[1], dtype=grad_rows.dtype, device=grad_rows.device)
+    return grad(out, grad_rows, made, DENSE)
 
 
-# Sizes on both sides of CUB's single-tile sort, of one tile of segments, and of every length of tile of the sum.
+def make_out(rows, width, dtype, mode, device):
+    """Memory as the modes find it: values to add to, or garbage."""
+    if mode == ACCUMULATE:
+        return torch.randn(rows, width, device=device).to(dtype)
+    return poisoned(rows, width, dtype=dtype, device=device)
+
+
+# Sizes on both sides of CUB's single-tile sort, and of one tile of segments.
 SIZES = [0, 1, 257, 4000, 9000, 70_000, 300_000]
 
 
@@ -53,11 +69,10 @@ def test_grad(distribution, width, dtype, device):
     for n, rows in ((300, 37), (4000, 30522), (20_000, 5000)):
         ids = make_ids(distribution, n, rows).to(device)
         grad_rows = torch.randn(n, width, device=device).to(dtype)
-        torch.full((rows, width), float("nan"), dtype=dtype, device=device)  # poisons what the allocator hands out
         out = dense(grad_rows, make_plan(ids, rows, PADDING), rows)
         expected = grad_reference(grad_rows, ids, rows, PADDING)
         theirs = grad_pytorch(grad_rows, ids, rows, PADDING)
-        assert_within_contract(out, theirs, expected, f"embedding_grad_dense N={n}")
+        assert_within_contract(out, theirs, expected, f"embedding_grad N={n}")
 
 
 @pytest.mark.parametrize("distribution", ["hot", "equal", "zipf"])
@@ -67,7 +82,79 @@ def test_grad_of_many_ids(distribution, device):
     grad_rows = torch.randn(n, width, device=device).bfloat16()
     out = dense(grad_rows, make_plan(ids, rows), rows)
     expected = grad_reference(grad_rows, ids, rows)
-    assert_within_contract(out, grad_pytorch(grad_rows, ids, rows), expected, "embedding_grad_dense")
+    assert_within_contract(out, grad_pytorch(grad_rows, ids, rows), expected, "embedding_grad")
+
+
+# 100: short tiles, one strip; 20_000: long tiles.
+@pytest.mark.parametrize("n", [0, 100, 5000, 20_000])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("rows_dtype", "out_dtype"), PAIRS)
+def test_every_mode_and_pair_of_dtypes(rows_dtype, out_dtype, mode, n, device):
+    """With sources (bags), weights and scales, in vectors and one element at a time."""
+    rows = 3000
+    wide = torch.promote_types(rows_dtype, torch.float32)
+    for width, distribution in ((96, "zipf"), (33, "hot")):
+        ids = make_ids(distribution, n, rows).to(device)
+        made = make_plan(ids, rows, PADDING)
+        grad_rows = torch.randn(n // 3 + 1, width, device=device).to(rows_dtype)
+        sources = torch.randint(-1, len(grad_rows) + 1, (n,), dtype=torch.int32, device=device)
+        weights = torch.randn(n, dtype=wide, device=device)
+        out = make_out(rows, width, out_dtype, MODES[mode], device)
+        expected = expected_grad(out, grad_rows, made, MODES[mode], sources, weights, scale_by_freq=True)
+        assert_expected(grad(out, grad_rows, made, MODES[mode], sources, weights, True), expected, f"{mode} N={n}")
+
+
+@pytest.mark.parametrize("mode", ["rows", "padded_rows"])
+@pytest.mark.parametrize("capacity", [1, 700, 4000])
+def test_rows_of_every_capacity(capacity, mode, device):
+    ids = make_ids("uniform", 4000, 2000).to(device)
+    made = make_plan(ids, 2000)
+    grad_rows = torch.randn(4000, 64, device=device)
+    out = make_out(capacity, 64, torch.float32, MODES[mode], device)
+    expected = expected_grad(out, grad_rows, made, MODES[mode])
+    assert_expected(grad(out, grad_rows, made, MODES[mode]), expected)
+
+
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [7, 100, 768])
+@pytest.mark.parametrize("distribution", ["hot", "distinct"])
+def test_stochastic_rounding_has_the_bits_of_the_reference(distribution, width, rows_dtype, device):
+    n, rows = 6000, 8000
+    made = make_plan(make_ids(distribution, n, rows).to(device), rows)
+    grad_rows = torch.randn(n, width, device=device).to(rows_dtype)
+    old = torch.randn(rows, width, device=device).bfloat16()
+    seed = torch.tensor([0x123456789ABCDEF], device=device)
+    exact = grad(old.float(), grad_rows, made, ACCUMULATE)
+    touched = torch.zeros(rows, dtype=torch.bool, device=device)
+    touched[made[1][: int(made[3])].long()] = True
+    rounded = round_stochastic(exact, torch.arange(rows, device=device), seed)
+    out = grad(old.clone(), grad_rows, made, ACCUMULATE, seed=seed)
+    assert torch.equal(out, torch.where(touched[:, None], rounded, old))
+
+
+@pytest.mark.parametrize("stride", [0, 64, 72, 65])
+def test_rows_of_every_stride(stride, device):
+    """0: an expanded gradient; 65: single elements, or loads of 16 bytes would fault."""
+    n, rows = 3000, 400
+    made = make_plan(make_ids("zipf", n, rows).to(device), rows)
+    grad_rows = torch.randn((n - 1) * stride + 64, device=device).bfloat16().as_strided((n, 64), (stride, 1))
+    out = make_out(rows, 64, torch.bfloat16, DENSE, device)
+    expected = expected_grad(out, grad_rows, made, DENSE)
+    assert_expected(grad(out, grad_rows, made, DENSE), expected)
+
+
+@pytest.mark.parametrize(("n", "width"), [(3000, 768), (16_384, 768), (131_072, 256)])
+def test_workspace(n, width, device):
+    """At most a sixteenth of four bytes for each element of the gradient, and one strip."""
+    made = make_plan(make_ids("zipf", n, 5000).to(device), 5000)
+    grad_rows = torch.randn(n, width, device=device).bfloat16()
+    out = torch.zeros(5000, width, device=device)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad(out, grad_rows, made, ACCUMULATE)
+    used = torch.cuda.max_memory_allocated() - before
+    assert 0 < used <= (n + 256) * width / 16 + 12 * (n / 128 + 1) + 1024  # the allocator rounds up to 512 bytes
 
 
 def test_rows_that_are_not_aligned(device):
@@ -78,28 +165,39 @@ def test_rows_that_are_not_aligned(device):
     torch.testing.assert_close(out.double(), grad_reference(grad_rows, ids, 60), rtol=1e-5, atol=1e-5)
 
 
-def test_twenty_runs_give_the_same_bits(device):
+@pytest.mark.parametrize("mode", MODES)
+def test_twenty_runs_give_the_same_bits(mode, device):
     ids = make_ids("zipf", 60_000, 30_522).to(device)
     grad_rows = torch.randn(60_000, 96, device=device).bfloat16()
-    first = dense(grad_rows, make_plan(ids, 30_522), 30_522)
+    old = torch.randn(30_522, 96, device=device).bfloat16()
+    first = grad(old.clone(), grad_rows, make_plan(ids, 30_522), MODES[mode])
     for _ in range(20):
-        assert torch.equal(dense(grad_rows, make_plan(ids, 30_522), 30_522), first)
+        assert torch.equal(grad(old.clone(), grad_rows, make_plan(ids, 30_522), MODES[mode]), first)
 
 
-def test_graph_replay_with_changed_ids(device):
+@pytest.mark.parametrize("mode", MODES)
+def test_graph_replay_with_changed_ids(mode, device):
     """Nothing in a captured launch depends on the ids: the same graph serves other ids, padding only included."""
     n, rows, width = 9000, 3000, 64
     ids = make_ids("zipf", n, rows).to(device)
-    grad_rows = torch.randn(n, width, device=device)
-    dense(grad_rows, make_plan(ids, rows, PADDING), rows)
+    grad_rows = torch.randn(n, width, device=device).bfloat16()
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if MODES[mode] == ACCUMULATE else None
+    out = torch.zeros(rows, width, device=device, dtype=torch.bfloat16)
+
+    def run(out):
+        return grad(out, grad_rows, make_plan(ids, rows, PADDING), MODES[mode], scale_by_freq=True, seed=seed)
+
+    run(out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = dense(grad_rows, make_plan(ids, rows, PADDING), rows)
-    for seed, distribution in enumerate(DISTRIBUTIONS):
-        ids.copy_(make_ids(distribution, n, rows, seed=seed))
+        run(out)
+    for number, distribution in enumerate(DISTRIBUTIONS):
+        ids.copy_(make_ids(distribution, n, rows, seed=number))
         grad_rows.normal_()
+        if seed is not None:
+            seed.fill_(number)
+        expected = run(out.clone())
         graph.replay()
-        expected = dense(grad_rows, make_plan(ids, rows, PADDING), rows)
         assert torch.equal(out, expected), distribution
 
 
@@ -172,8 +270,10 @@ def test_gradients_beyond_two_to_the_31_elements(device):
 def test_bad_arguments(device):
     ids = torch.zeros(3, dtype=torch.int64, device=device)
     made = make_plan(ids, 4)
-    with pytest.raises(RuntimeError, match="embedding_grad_dense: order must be on the device of grad_rows"):
+    with pytest.raises(RuntimeError, match="embedding_grad: order must be on the device of grad_rows"):
         dense(torch.zeros(3, 2, device=device), (made[0].cpu(), *made[1:]), 4)
+    with pytest.raises(RuntimeError, match="embedding_grad: out must be on the device of grad_rows"):
+        grad(torch.zeros(4, 2), torch.zeros(3, 2, device=device), made, DENSE)
     with pytest.raises(RuntimeError, match="embedding_plan: num_rows must be 0 to 2147483647, got -1"):
         make_plan(ids, -1)
 

@@ -1,6 +1,7 @@
 """The library is refused with a reason, never with a crash, whatever lies in its place."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -42,7 +43,11 @@ def test_the_build_says_why_there_is_none(tmp_path):
 def test_a_library_that_went_missing_after_the_build(tmp_path):
     """The reason of a build that made a library is no reason for there being none."""
     (tmp_path / "_extension.json").write_text(json.dumps({"built": True, "reason": "C++ and CUDA 13.0"}))
-    reason = load_quietly(tmp_path).reason
+    with pytest.warns(
+        RuntimeWarning, match=r"runs without its C\+\+ library: the C\+\+ library was built, but"
+    ) as caught:
+        reason = extension.load(tmp_path).reason
+    assert len(caught) == 1
     assert reason.startswith("the C++ library was built, but _extension.so is gone: rebuild it with")
 
 
@@ -61,10 +66,17 @@ def test_refused_by_the_environment(tmp_path, monkeypatch):
     assert status.reason == "EMBEDKERNELS_DISABLE_EXTENSION=1 is set"
 
 
+def write_record(library):
+    """As the build does."""
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    library.with_suffix(".json").write_text(json.dumps({"built": True, "reason": "C++", "sha256": digest}))
+
+
 @pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + b"\0" * 200])
 def test_a_corrupt_library_warns_and_says_why(tmp_path, content):
     path = tmp_path / "_extension.so"
     path.write_bytes(content)
+    write_record(path)
     with pytest.raises(OSError) as refused:
         ctypes.CDLL(str(path))
     with pytest.warns(
@@ -87,6 +99,18 @@ def test_a_library_cut_short_never_reaches_the_system_loader(tmp_path):
         assert not extension.load(tmp_path).loaded
 
 
+@pytest.mark.parametrize("record", [None, "{}", "{", '{"sha256": ""}'])
+def test_a_library_without_its_record_never_reaches_the_system_loader(tmp_path, record):
+    """Nothing says that it is whole."""
+    if not (PACKAGE / "_extension.so").is_file():
+        pytest.skip(extension.extension_status().reason)
+    (tmp_path / "_extension.so").write_bytes((PACKAGE / "_extension.so").read_bytes()[:100_000])
+    if record is not None:
+        (tmp_path / "_extension.json").write_text(record)
+    with pytest.warns(RuntimeWarning, match=r"record of its checksum, _extension\.json, is missing or damaged"):
+        assert not extension.load(tmp_path).loaded
+
+
 def compile_c(code, target):
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if compiler is None:
@@ -98,6 +122,7 @@ def compile_c(code, target):
 
 def test_another_library_in_its_place(tmp_path):
     compile_c("int something_else(void) { return 1; }", tmp_path / "_extension.so")
+    write_record(tmp_path / "_extension.so")
     with pytest.warns(RuntimeWarning, match="embedkernels_architectures"):
         assert not extension.load(tmp_path).loaded
 
@@ -107,7 +132,8 @@ def test_a_library_of_another_version(tmp_path):
         'int embedkernels_interface(void) { return 99; }\nconst char* embedkernels_architectures(void) { return ""; }'
     )
     compile_c(code, tmp_path / "_extension.so")
-    with pytest.warns(RuntimeWarning, match=r"another version of embedkernels \(interface 99, not 1\)"):
+    write_record(tmp_path / "_extension.so")
+    with pytest.warns(RuntimeWarning, match=r"another version of embedkernels \(interface 99, not 2\)"):
         assert not extension.load(tmp_path).loaded
 
 
@@ -129,7 +155,7 @@ def test_everything_works_beside_a_corrupt_library(tmp_path):
     code = """
 import torch
 from embedkernels.ops.backend import choose
-from embedkernels.ops.embedding_grad import embedding_grad, embedding_plan
+from embedkernels import embedding_grad, embedding_plan
 ids = torch.tensor([1, 1, 0])
 for _ in range(2):
     out = embedding_grad(torch.ones(3, 2), embedding_plan(ids, 3))

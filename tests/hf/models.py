@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -104,6 +105,12 @@ def pair(name: str, device: torch.device | str = "cpu", **options: object) -> tu
     patched = copy.deepcopy(stock)
     ek.patch(patched, strict=True)
     return stock, patched
+
+
+def named_here(name: str, function: Callable[..., object]) -> str:
+    """What the installed transformers calls an argument that is ``past_key_values(_length)`` before 5.24."""
+    new = {"past_key_values": "cache", "past_key_values_length": "cache_length"}[name]
+    return new if new in inspect.signature(function).parameters else name
 
 
 def ids(batch: int = 3, length: int = 7) -> Tensor:

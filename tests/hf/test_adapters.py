@@ -13,7 +13,20 @@ import embedkernels as ek
 from embedkernels.hf import fused, state
 from embedkernels.hf.adapters import ADAPTERS, MODEL_TYPES
 from tests.contract import assert_within_contract
-from tests.hf.models import DECODERS, FUSED, MODELS, POSITIONS, TYPED, VOCAB, build, ids, on, padded, pair
+from tests.hf.models import (
+    DECODERS,
+    FUSED,
+    MODELS,
+    POSITIONS,
+    TYPED,
+    VOCAB,
+    build,
+    ids,
+    named_here,
+    on,
+    padded,
+    pair,
+)
 
 BY_NAME = pytest.mark.parametrize("name", MODELS)
 
@@ -141,12 +154,13 @@ def test_arguments_by_position_equal_stock(name):
 def test_embeddings_alone_with_a_past_and_by_position(name):
     stock, patched = pair(name)
     input_ids, types = padded()["input_ids"], torch.randint(0, 2, (3, 7))
+    past = named_here("past_key_values_length", stock.embeddings.forward)
     for args, kwargs in (
-        ((input_ids,), {"past_key_values_length": 5}),
+        ((input_ids,), {past: 5}),
         ((input_ids, types), {}),
         ((input_ids, types[:1]), {}),
         ((input_ids, types, None, None, 4), {}),
-        ((), {"input_ids": input_ids, "past_key_values_length": torch.tensor(3)}),
+        ((), {"input_ids": input_ids, past: torch.tensor(3)}),
     ):
         assert torch.equal(patched.embeddings(*args, **kwargs), stock.embeddings(*args, **kwargs))
 

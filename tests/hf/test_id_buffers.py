@@ -9,7 +9,7 @@ import torch
 
 import embedkernels as ek
 from embedkernels.hf import fused, state
-from tests.hf.models import MODELS, POSITIONS, TYPED, build, ids, pair
+from tests.hf.models import MODELS, POSITIONS, TYPED, build, ids, named_here, pair
 
 STEMS = [name for name in MODELS if name not in ("gpt2", "llama")]
 
@@ -237,7 +237,8 @@ def test_a_past_beyond_a_shortened_buffer_does_what_stock_does(past):
     results = []
     for part in (stock, patched):
         try:
-            results.append(part(ids(2, 5).fill_(7), past_key_values_length=past).tolist())
+            length = {named_here("past_key_values_length", part.forward): past}
+            results.append(part(ids(2, 5).fill_(7), **length).tolist())
         except RuntimeError as error:
             results.append(str(error))
     assert results[0] == results[1]

@@ -44,7 +44,7 @@ sigjmp_buf escape;
 struct Watched {
   const char* begin = nullptr;
   std::size_t size = 1;
-  std::vector<uint8_t> writes;
+  Traffic traffic;
 } watched;
 
 std::string where() {
@@ -215,32 +215,48 @@ unsigned warp_ballot(int line, unsigned mask, bool predicate) {
   return wait_at(State::kAtWarpBarrier, line, predicate);
 }
 
+namespace {
+
+void count(std::vector<uint8_t>& accesses, const void* pointer, std::size_t bytes, const char* what) {
+  const char* const at = static_cast<const char*>(pointer);
+  const std::size_t total = accesses.size() * watched.size;
+  if (watched.begin == nullptr || at < watched.begin || at >= watched.begin + total) return;
+  const std::size_t first = std::size_t(at - watched.begin) / watched.size;
+  for (std::size_t i = 0; i < bytes / watched.size; ++i) {
+    if (++accesses[first + i] == 2) fail("element " + std::to_string(first + i) + " is " + what + " twice");
+  }
+}
+
+}  // namespace
+
 void on_load(const void* pointer, std::size_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail("misaligned load of " + std::to_string(bytes) + " bytes");
+  watched.traffic.loaded += int64_t(bytes);
+  count(watched.traffic.reads, pointer, bytes, "read");
 }
 
 void on_store(const void* pointer, std::size_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail("misaligned store of " + std::to_string(bytes) + " bytes");
-  const char* const at = static_cast<const char*>(pointer);
-  const std::size_t total = watched.writes.size() * watched.size;
-  if (watched.begin == nullptr || at < watched.begin || at >= watched.begin + total) return;
-  const std::size_t first = std::size_t(at - watched.begin) / watched.size;
-  for (std::size_t i = 0; i < bytes / watched.size; ++i) {
-    if (++watched.writes[first + i] == 2) fail("element " + std::to_string(first + i) + " is written twice");
-  }
+  watched.traffic.stored += int64_t(bytes);
+  count(watched.traffic.writes, pointer, bytes, "written");
 }
 
 void watch(const void* begin, std::size_t elements, std::size_t size) {
   watched.begin = static_cast<const char*>(begin);
   watched.size = size;
-  watched.writes.assign(elements, 0);
+  watched.traffic.reads.assign(elements, 0);
+  watched.traffic.writes.assign(elements, 0);
+  watched.traffic.loaded = watched.traffic.stored = 0;
 }
 
 std::string watched_once() {
-  const auto missed = std::find(watched.writes.begin(), watched.writes.end(), 0);
-  if (missed == watched.writes.end()) return "";
-  return "element " + std::to_string(missed - watched.writes.begin()) + " is never written";
+  const auto& writes = watched.traffic.writes;
+  const auto missed = std::find(writes.begin(), writes.end(), 0);
+  if (missed == writes.end()) return "";
+  return "element " + std::to_string(missed - writes.begin()) + " is never written";
 }
+
+const Traffic& traffic() { return watched.traffic; }
 
 std::string run_grid(int64_t blocks, int threads, Order order, uint64_t seed,
                      const std::function<bool(int64_t)>& selected, const std::function<void()>& body) {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __launch_bounds__(...)
@@ -62,10 +63,18 @@ class Guarded {
   void* data_;
 };
 
-// Counts the writes of every element of [begin, begin + elements * size) until the next call.
+// Counts the reads and writes of every element of [begin, begin + elements * size), and the bytes of all vector
+// accesses, until the next call. A second read or write of an element is a fault.
 void watch(const void* begin, std::size_t elements, std::size_t size);
 // An empty string if every watched element was written exactly once.
 std::string watched_once();
+
+// What happened since the last call of `watch`.
+struct Traffic {
+  std::vector<uint8_t> reads, writes;  // of every watched element
+  int64_t loaded = 0, stored = 0;      // bytes, wherever they lie
+};
+const Traffic& traffic();
 
 }  // namespace shim
 
