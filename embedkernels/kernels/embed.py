@@ -24,7 +24,6 @@ Each kernel's seventeen arguments from ``ids_ptr`` to ``places`` are the sources
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ from embedkernels.kernels.ids import EMBED, report_bad_id
 from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.sinusoids import constants, sinusoid_rows
-from embedkernels.kernels.specs import CompileSpec
 from embedkernels.reference.sinusoids import MOST_POSITIONS
 
 MOST_ROWS = 2**30 - 2**16
@@ -432,25 +430,29 @@ class Tile:
 
 
 @functools.cache
-def tile(width: int, itemsize: int, norm: bool, backward: bool, sinusoids: bool = False) -> Tile:
+def tile(width: int, itemsize: int, norm: bool, backward: bool, heavy: bool = False, sinusoids: bool = False) -> Tile:
     """The tile of a row width.
 
     Forward: 32 bytes of a row per thread. Backward: 16, since two running sums stay in registers beside the row. At
-    most 512 threads: with more, a thread has too few registers for what the widest rows leave it to hold.
+    most 512 threads: with more, a thread has too few registers for what the widest rows leave it to hold. Backward of
+    a norm: up to 8 rows and 512 threads, since every program leaves a partial row.
 
-    Backward of a norm: up to 8 rows and 512 threads, since every program leaves a partial row. Not with sinusoids:
-    beside several rows they would leave a thread too few registers.
+    Args:
+        heavy: see :meth:`Inputs.tile`. 16 bytes of a row per thread, and several rows only where they are narrow.
+        sinusoids: where a thread's columns are of narrow rows, the backward of a norm has registers for only 4.
     """
     block = max(16, triton.next_power_of_2(width))
     if block > (WIDEST if norm else CHUNK):
         return Tile(1 if norm or backward else 2, CHUNK, 4, blocks(width, CHUNK))
-    per_warp = 32 * (16 if backward else 32) // itemsize
-    if backward and norm and not sinusoids:
+    per_warp = 32 * (16 if backward or heavy else 32) // itemsize
+    if sinusoids and norm and backward and block < 2 * per_warp:
+        per_warp = 32 * 4
+    if backward and norm and not heavy:
         warps = 4
         while warps < 16 and warps * per_warp < 8 * block:
             warps *= 2
     else:
-        fewest = 2 if backward else 4
+        fewest = 2 if backward or heavy else 4
         warps = 4 if block < fewest * per_warp else min(16, block // per_warp)
     return Tile(max(1, warps * per_warp // block), block, warps, 1)
 
@@ -535,6 +537,13 @@ class Inputs(NamedTuple):
         """The kernels' arguments ``mask_ptr`` and ``mask_period``."""
         return (self.weight, 1) if self.mask is None else (self.mask, self.mask.numel())
 
+    def tile(self, backward: bool) -> Tile:
+        """That of the forward or the backward kernel. Heavy is what needs more registers than BERT's sum does."""
+        sinusoids = self.sinusoids != "none"
+        heavy = sinusoids or self.dropout_first or self.extra is not None or self.packed is not None
+        weight = self.weight
+        return tile(weight.shape[1], weight.itemsize, self.norm != "none", backward, heavy, sinusoids)
+
     def known(self, what: Any, t: Tile) -> Any:
         """What was remembered with the same tile, or None."""
         found = None if self.memo is None else self.memo.get(what)
@@ -573,7 +582,7 @@ def embed_forward(
     width = inputs.weight.shape[1]
     n = out.numel() // width
     norm = inputs.norm != "none"
-    t = tile(width, inputs.weight.itemsize, norm, False)
+    t = inputs.tile(False)
     mean = torch.empty(n if inputs.norm == "layer" else 0, dtype=torch.float32, device=out.device)
     rstd = torch.empty(n if norm else 0, dtype=torch.float32, device=out.device)
     grid = (blocks(n, t.block_n), t.chunks)
@@ -619,7 +628,7 @@ def embed_backward(
     n = grad.numel() // width
     device = grad.device
     norm = inputs.norm != "none"
-    t = tile(width, inputs.weight.itemsize, norm, True, inputs.sinusoids != "none")
+    t = inputs.tile(True)
     tiles = blocks(n, t.block_n)
     programs = partial_rows(n, inputs.weight.itemsize, t, _multiprocessors(device)) if need_norm else tiles
     grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
@@ -659,99 +668,3 @@ def embed_backward(
             num_warps=4,
         )  # fmt: skip
     return grad_rows, weight_grad, bias_grad
-
-
-_POINTERS = {
-    "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32", "ids_ptr": "i64",
-    "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32", "record_ptr": "i64",
-    "mask_ptr": "u8", "packed_ptr": "i64",
-}  # fmt: skip
-_FLOATS = ("eps", "p", "scale", "factor", "row_scale")
-# What BERT does; constexprs that are not here are on.
-_HEAVIEST = {"SINUSOIDS": 0, "PACKED": False, "GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1,
-             "MASK": False}  # fmt: skip
-
-
-def compile_specs() -> list[CompileSpec]:
-    """Every tile with all tables, ids from memory, norm and dropout; at BERT's width also what models launch."""
-    specs = []
-
-    def add(
-        kernel: Any, dtype: str, num_warps: int, label: str = "", pointers: dict[str, str] | None = None,
-        **constexprs: Any,
-    ) -> None:  # fmt: skip
-        types = {**_POINTERS, **(pointers or {})}
-        signature = {}
-        for name in kernel.arg_names:
-            if name.endswith("_ptr"):
-                signature[name] = "*" + types.get(name, dtype)
-            elif name not in _constexprs(kernel):
-                signature[name] = "fp32" if name in _FLOATS else "i32"
-        flags = {name: {**_HEAVIEST, **constexprs}.get(name, True) for name in _constexprs(kernel)}
-        specs.append(
-            CompileSpec(
-                f"{kernel.__name__}[d{constexprs['D']},{label}{dtype}]", kernel, signature, flags, num_warps, 1,
-                frozenset(name for name in signature if name.endswith("_ptr")),
-            )
-        )  # fmt: skip
-
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        for width in (64, 384, 768, 1024, 2048, 4096, 8192, 16384):
-            for backward in (False, True):
-                t = tile(width, itemsize, True, backward)
-                common = {
-                    "D": width, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": 2, "TYPE": 2,
-                    "WIDE": t.chunks > 1,
-                }  # fmt: skip
-                add(embed_bwd_kernel if backward else embed_fwd_kernel, dtype, t.num_warps, **common)
-                if t.chunks > 1:
-                    add(embed_projection_kernel if backward else embed_stats_kernel, dtype, t.num_warps, **common)
-        t = tile(4096, itemsize, False, False)
-        tokens = {"D": 4096, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WIDE": True}
-        add(embed_fwd_kernel, dtype, t.num_warps, "tokens,", **tokens, POSITION=0, TYPE=0, NORM=0, DROPOUT=0)
-        add(embed_bwd_reduce_kernel, dtype, 4, D=768, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS)
-
-    # Under autocast tables are bf16 and the norm fp32, as are the output and its gradient.
-    fp32 = dict.fromkeys(("out_ptr", "grad_ptr", "norm_weight_ptr", "norm_bias_ptr"), "fp32")
-    int32 = dict.fromkeys(("ids_ptr", "position_ids_ptr", "type_ids_ptr"), "i32")
-    everything = {"SCALE": True, "EXTRA": True, "DROPOUT": 2, "MASK": True}
-    given = {**everything, "GIVEN": True, "NORM": 2, "BIAS": False}
-    gpt2 = {"NORM": 0, "WEIGHT": False, "BIAS": False, "NEED_NORM": False}
-    for label, pointers, position, kind, flags in (
-        ("bert,", None, 1, 1, {}),
-        ("autocast,", fp32, 1, 2, {}),
-        ("int32,", int32, 2, 2, {}),
-        ("gpt2,", None, 1, 0, gpt2),
-        ("everything,", None, 2, 2, everything),
-        ("packed,", None, 1, 2, {"PACKED": True}),
-        ("rows given,", None, 1, 1, given),
-        ("sinusoids,", {"position_weight_ptr": "fp32"}, 1, 0, {"SINUSOIDS": 1, "SCALE": True}),
-        ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),
-    ):
-        for (dtype, itemsize), width, kernel in itertools.product(
-            (("bf16", 2), ("fp32", 4)), (64, 384, 768, 1024), (embed_fwd_kernel, embed_bwd_kernel)
-        ):
-            backward = kernel is embed_bwd_kernel
-            t = tile(width, itemsize, flags.get("NORM", 1) != 0, backward, "SINUSOIDS" in flags)
-            common = {
-                "D": width, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind,
-                "WIDE": t.chunks > 1,
-            }  # fmt: skip
-            add(kernel, dtype, t.num_warps, label, pointers, **common, **flags)
-
-    # The same of rows wider than a tile.
-    kernels = (embed_stats_kernel, embed_fwd_kernel, embed_projection_kernel, embed_bwd_kernel)
-    for label, pointers, position, kind, flags in (
-        ("everything,", {"mask_ptr": "fp32"}, 2, 2, everything),
-        ("rows given,", None, 1, 1, {**given, "PACKED": True, "MASK": False}),
-        ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),
-    ):
-        for kernel in kernels:
-            t = tile(16384, 2, True, kernel in kernels[2:])
-            common = {"D": 16384, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind}
-            add(kernel, "bf16", t.num_warps, label, pointers, **common, **flags)
-    return specs
-
-
-def _constexprs(kernel: Any) -> list[str]:
-    return [parameter.name for parameter in kernel.params if parameter.is_constexpr]

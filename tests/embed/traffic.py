@@ -34,12 +34,12 @@ class Launch:
         if addresses.size:
             first, last = int(addresses.min()), int(addresses.max())
             names = [name for name, (begin, end) in self.tensors.items() if begin <= first and last <= end]
-            assert len(names) == 1, f"{self.kernel}: {kind}s from {first:#x} to {last:#x} are in {names or 'no tensor'}"
+            assert len(names) == 1, f"{self.kernel}: a {kind} of {first:#x} to {last:#x} is in {names or 'no tensor'}"
             width = pointers.get_element_ty().primitive_bitwidth // 8
             self.accesses.setdefault((kind, names[0]), []).append((addresses, width))
 
 
-STANDING_IN = ("weight", "query", "query_out")
+STANDING_IN = ("weight", "mean", "query", "query_out")
 
 
 def _extents(arguments: dict[str, Any]) -> dict[str, tuple[int, int]]:
