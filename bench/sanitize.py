@@ -1,14 +1,14 @@
-"""Every kernel launched once on odd sizes, and the same under compute-sanitizer's memcheck and racecheck.
+"""Every kernel launched once on odd sizes, and the same under compute-sanitizer's tools.
 
     python -m bench.sanitize --out sanitizer.json     # all of it, needs a GPU and compute-sanitizer
     python -m bench.sanitize --launch                 # the launches alone, in this process
 
 First every launch runs in a process of its own, several at a time: that compiles the kernels into Triton's cache and
-says which launch is at fault if one crashes. Then one process runs them all under memcheck, and one those of the
-extension under racecheck. Inputs are made and results compared on the CPU, so that hardly any kernel but ours is
-instrumented.
+says which launch is at fault if one crashes. Then one process runs them all under memcheck, and one each those of the
+extension under racecheck, initcheck and synccheck. Inputs are made and results compared on the CPU, so that hardly
+any kernel but ours is instrumented.
 
-racecheck is kept to kernels whose barriers are ours. A Triton kernel's are the compiler's, and of those racecheck
+These are kept to kernels whose barriers are ours. A Triton kernel's are the compiler's, and of those racecheck
 reports even plain reductions, in which several warps write the same value to one place (triton-lang/triton#7264).
 """
 
@@ -30,9 +30,9 @@ from bench import processes
 from bench.files import write_json
 from bench.processes import Finished
 
-TOOLS = ("memcheck", "racecheck")
-RACECHECKED = "embedding_grad extension"  # what the names of the launches under racecheck begin with
-# What both tools print last. Warnings of racecheck are hazards that it cannot prove harmful: they count.
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+EXTENSION = "embedding_grad extension"  # what the names of the launches begin with that all tools look at
+# What the tools print last. Warnings of racecheck are hazards that it cannot prove harmful: they count.
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed")
 ERRORS_FOUND = 86
 # What the names of our kernels contain, mangled or not.
@@ -153,9 +153,9 @@ def launches() -> dict[str, Callable[[Any], None]]:
             for dtype, rounding in ((torch.float32, "nearest"), (bf16, "nearest"), (bf16, "stochastic")):
                 buffer = torch.ones(97, width, dtype=dtype, device=device)
                 ek.embedding_grad(rows.to(device), plan, out=buffer, rounding=rounding, **options)
-                close(buffer, wanted + 1, f"embedding_grad into {dtype}, {rounding}")
+                close(buffer, wanted + 1, f"embedding_grad, {rounding}, into {'bf16' if dtype == bf16 else 'fp32'}")
             found = ek.embedding_grad(rows.to(device), plan, mode="rows", **options)
-            close(found.to_sparse().to_dense(), wanted, "embedding_grad of rows")
+            close(found.to_sparse().to_dense(), wanted, "embedding_grad of rows in bf16")
 
         return launch
 
@@ -256,6 +256,7 @@ def launches() -> dict[str, Callable[[Any], None]]:
         "rope interleaved": rope(80, True),
         "embedding_grad extension": table_grad(517, 100, fp32, False, "extension"),
         "embedding_grad extension hot row": table_grad(6000, 768, bf16, True, "extension"),
+        "embedding_grad extension long segment": table_grad(20000, 64, bf16, True, "extension"),
         "embedding_grad extension modes": table_modes(5003, 136, "extension"),
         "embedding_grad extension modes, one element at a time": table_modes(301, 35, "extension"),
         "embedding_grad triton hot row": table_grad(6001, 768, bf16, True, "triton"),
@@ -397,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
         known = processes.run([sanitizer, "--help"], 10).output
 
         def sanitized(tool: str) -> Finished:
-            chosen = [name for name in names if tool == "memcheck" or name.startswith(RACECHECKED)]
+            chosen = [name for name in names if tool == "memcheck" or name.startswith(EXTENSION)]
             only = [part for name in chosen or names for part in ("--only", name)]
             # Without PyTorch's pool every tensor is an allocation of its own, and leaving it is an error.
             env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

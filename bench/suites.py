@@ -420,6 +420,7 @@ def run(
     ]
     result: dict[str, Any] = {
         "suite": name,
+        "environment": {**environment.describe(), "threads": torch.get_num_threads()},
         "device": str(device),
         "tiny": tiny,
         "absent_rivals": rivals.absent(),

@@ -77,6 +77,9 @@ CASES = (
     GradCase("plan 32k", 32768, 128256, 8, mode="plan"),
     GradCase("bert 16k padded", 16384, 30522, 768, padding=True),
     GradCase("bert 16k fp32", 16384, 30522, 768, dtype="float32"),
+    GradCase("xlm-r base 4k fp32", 4096, 250002, 768, dtype="float32"),
+    GradCase("xlm-r base 4k rows fp32", 4096, 250002, 768, dtype="float32", mode="rows"),
+    GradCase("xlm-r base 4k accumulate fp32", 4096, 250002, 768, dtype="float32", mode="accumulate"),
 )
 
 

@@ -24,6 +24,7 @@ _HOME = {
     "EmbeddingPlan": "embedkernels.ops.embedding_plan",
     "FusedEmbedding": "embedkernels.nn.embedding",
     "FusedInputEmbeddings": "embedkernels.nn.input_embeddings",
+    "FusedMultiheadAttention": "embedkernels.nn.multihead_attention",
     "RowGradient": "embedkernels.ops.embedding_grad",
     "patch": "embedkernels.hf.patch",
     "unpatch": "embedkernels.hf.patch",
@@ -34,6 +35,7 @@ __all__ = [
     "EmbeddingPlan",
     "FusedEmbedding",
     "FusedInputEmbeddings",
+    "FusedMultiheadAttention",
     "RowGradient",
     "__version__",
     "attention",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from embedkernels.hf.patch import patch, unpatch
     from embedkernels.nn.embedding import FusedEmbedding
     from embedkernels.nn.input_embeddings import FusedInputEmbeddings
+    from embedkernels.nn.multihead_attention import FusedMultiheadAttention
     from embedkernels.ops.attention import attention
     from embedkernels.ops.backend import use_backend
     from embedkernels.ops.embed import embed

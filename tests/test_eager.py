@@ -97,7 +97,16 @@ def test_what_compiles_is_not_eager(compiled: str) -> None:
     assert torch.equal(result, torch.full((2,), 2.0))
 
 
-@pytest.mark.parametrize("mode", [Watching, Overriding, lambda: torch.device("cpu"), FakeTensorMode])
+def test_a_default_device_is_eager() -> None:
+    """Its mode fills in the device of new tensors and looks at nothing else."""
+    x = torch.ones(2)
+    with torch.device("cpu"):
+        assert is_eager(x)
+        with Overriding():
+            assert not is_eager(x)
+
+
+@pytest.mark.parametrize("mode", [Watching, Overriding, FakeTensorMode])
 def test_modes_are_not_eager(mode: Callable[[], Any]) -> None:
     x = torch.ones(2)
     with mode():

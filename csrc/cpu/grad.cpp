@@ -83,7 +83,7 @@ void write_sums(const GradRows<T>& rows, const Plan& plan, int64_t width, const 
   const SegmentSums<T> sums(rows, plan, longs, width, options.scale_by_freq);
   const Stretches stretches(plan, longs, dense, places);
   const auto address = [&](int64_t place) { return reinterpret_cast<char*>(out + place * width); };
-  const bool fresh = dense && prepare_fresh_pages(address(0), address(places) - address(0));
+  const bool fresh = dense && worth_fetching(address(0), address(places) - address(0));
   const int64_t tasks = task_count(stretches.total() * width * int64_t(sizeof(T)), kGrainBytes, kTasksPerThread);
 
   run_tasks(tasks, [&](int64_t task) {

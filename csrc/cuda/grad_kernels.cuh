@@ -245,7 +245,7 @@ EK_DEVICE void walk_tile(const GradRows<T>& rows, const GradOutput<O>& out, cons
         }
       } else if (place.in_strip) {
         put_head<Acc, V>(shared, sum);
-        shared.head_end[place.begin / shape.tile] = at + u;
+        if (threadIdx.x % shape.lanes == 0) shared.head_end[place.begin / shape.tile] = at + u;
       } else {
         store_partial<Acc, V>(head_partial, sum);
       }

@@ -16,8 +16,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_plan(const Tensor& ids, int
   Launcher launcher("embedding_plan", ids);
   const int64_t n = ids.numel();
   const auto ints = [&](int64_t size) { return empty_like_device(ids, {size}, ScalarType::Int); };
-  const Tensor order[2] = {ints(n), ints(n)}, keys[2] = {ints(n), ints(n)};
-  const Tensor segment_ids = ints(n), offsets = ints(n + 1), count = ints(1), counts = ints(kMaxSegmentBlocks);
+  const PlanPath path = plan_path(n, num_rows);
+  const int64_t sorted = path.small ? 0 : n, moved = path.small || path.position_bits > 0 ? 0 : n;
+  const Tensor order[2] = {ints(n), ints(moved)}, keys[2] = {ints(sorted), ints(sorted)};
+  const Tensor segment_ids = ints(n), offsets = ints(n + 1), count = ints(1);
+  const Tensor counts = ints(path.small ? 0 : kMaxSegmentBlocks);
   const PlanBuffers buffers{{mutable_data<uint32_t>(keys[0]), mutable_data<uint32_t>(keys[1])},
                             {mutable_data<int>(order[0]), mutable_data<int>(order[1])},
                             mutable_data<int>(counts),

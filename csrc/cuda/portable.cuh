@@ -18,7 +18,7 @@
 
 namespace embedkernels::cuda {
 
-// Threads of every block in this library.
+// Threads of a block, unless a kernel says otherwise.
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 

@@ -111,6 +111,8 @@ class Settings:
             raise UsageError(f"--dropout: must be at least 0 and below 1, got {self.dropout}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed: must lie between 0 and 2**32 - 1, got {self.seed}")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise UsageError("--precision: fp16 needs a GPU", "Use bf16 or fp32.")
         if self.task == "causal-lm" and self.label is not None:
             raise UsageError("--label: --task causal-lm learns from the text alone", "Leave --label out.")
 

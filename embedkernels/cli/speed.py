@@ -26,11 +26,12 @@ def throughput(seconds: list[float], samples: list[int]) -> dict[str, Any]:
         ``throughput_basis`` says how many.
     """
     skipped = warm_up(len(seconds))
+    left_out = f" (without the first {skipped})" if skipped else ""
     kept = list(zip(samples[skipped:], seconds[skipped:], strict=True))
     return {
         "samples_per_second": statistics.median(count / second for count, second in kept),
         "samples_per_second_mean": sum(count for count, _ in kept) / sum(second for _, second in kept),
-        "throughput_basis": f"median over {len(kept)} training steps (without the first {skipped}); no evaluation",
+        "throughput_basis": f"median over {len(kept)} training steps{left_out}; no evaluation",
     }
 
 

@@ -27,6 +27,7 @@ from embedkernels.ops.embedding import embedding
 
 STOCK = "_embedkernels_stock"
 ADAPTER = "_embedkernels_adapter"
+ACCUMULATES = "_accumulates"  # what FusedEmbedding.grad_mode goes by
 Forward = Callable[..., Any]
 
 
@@ -128,11 +129,17 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
 def _lookup_forward(self: Any, input: Tensor) -> Tensor:
     if not is_marked(self):
         return nn.Embedding.forward(self, input)
-    reason = guards.lookup_problem(self)
+    reason = guards.lookup_problem(self, input)
     if reason is not None:
         guards.warn_once(self, "nn.Embedding", reason)
         return nn.Embedding.forward(self, input)
-    return embedding(input, self.weight, padding_idx=self.padding_idx)
+    return embedding(
+        input,
+        self.weight,
+        padding_idx=self.padding_idx,
+        scale_grad_by_freq=self.scale_grad_by_freq,
+        grad_mode=self.grad_mode,
+    )
 
 
 def _scaled_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
@@ -144,7 +151,7 @@ def _scaled_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         if not is_marked(self):
             return stock_forward(self, input_ids)
         scale, reason = state.scale_of(self, attribute)
-        reason = guards.lookup_problem(self) or reason
+        reason = guards.scaled_problem(self) or reason
         if reason is not None:
             guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, input_ids)

@@ -72,8 +72,9 @@ def embedding_problem(part: Any, name: str, adapter: Adapter) -> str | None:
     """Why the lookup in ``part`` is not one that a fused forward does, or None if it is."""
     if not looks_up_plainly(part) and not (adapter.recipe == "inline" and _known(part, name == adapter.positions)):
         return _not_a(nn.Embedding, part, name)
-    if part.max_norm is not None or part.scale_grad_by_freq or part.sparse:
-        return f"{name} uses max_norm, scale_grad_by_freq or sparse"
+    reason = _unusual(part, name)
+    if reason is not None:
+        return reason
     if type(part.weight) not in _PLAIN:
         return f"{name}.weight is a {type(part.weight).__name__}, not a plain parameter"
     return None
@@ -94,14 +95,32 @@ def position_offset(part: Any) -> int:
     return 0 if row is None or row.offset is None else int(getattr(part, row.offset))
 
 
-def lookup_problem(part: Any) -> str | None:
+def lookup_problem(part: Any, ids: torch.Tensor | None = None) -> str | None:
     """Why a patched table must run its stock forward now, or None if it may run the fused one.
 
     Args:
-        part: an nn.Embedding, or a scaled one of the table's.
+        part: an nn.Embedding.
+        ids: what is looked up; None for anything.
     """
+    if part.max_norm is not None:
+        return "it uses max_norm"
+    if ids is not None and ids.is_nested:
+        return "its ids are a nested tensor"
+    return _table_problem(part)
+
+
+def scaled_problem(part: Any) -> str | None:
+    """The same for a table that multiplies its rows, whose op has a dense gradient alone."""
+    return _unusual(part, "it") or _table_problem(part)
+
+
+def _unusual(part: Any, name: str) -> str | None:
     if part.max_norm is not None or part.scale_grad_by_freq or part.sparse:
-        return "it uses max_norm, scale_grad_by_freq or sparse"
+        return f"{name} uses max_norm, scale_grad_by_freq or sparse"
+    return None
+
+
+def _table_problem(part: Any) -> str | None:
     weight = part.weight
     # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op.
     if type(weight) not in _PLAIN:

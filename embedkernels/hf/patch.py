@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from embedkernels.hf.report import Entry, OpChoice, PatchReport, Status
 from embedkernels.hf.state import MARK, Mark
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.backend import choose
+from embedkernels.ops.embedding_grad import Mode
+
+GradMode = Literal["dense", "accumulate"]
 
 
 @dataclass
@@ -40,7 +43,13 @@ class _Step:
 
 
 def patch(
-    model: nn.Module, *, embeddings: bool = True, rope: bool = True, attention: bool = True, strict: bool = False
+    model: nn.Module,
+    *,
+    embeddings: bool = True,
+    rope: bool = True,
+    attention: bool = True,
+    grad_mode: GradMode = "dense",
+    strict: bool = False,
 ) -> PatchReport:
     """Fuse the input embeddings, the rotary positions and the attention of a Hugging Face model, in place.
 
@@ -58,6 +67,11 @@ def patch(
             calls for it is a known one. Under torch.compile that function stays: Inductor fuses it.
         attention: set the attention implementation ``"embedkernels"`` where ``"sdpa"`` is set, which is what
             transformers takes unless it is told otherwise. Any other was chosen, and stays.
+        grad_mode: what the gradients of tables that are looked up alone become, as of Llama's: ``"dense"``, or
+            ``"accumulate"``: added in place to what is in ``grad`` (or ``main_grad``), after a tied head, without a
+            tensor of the table's size for themselves; see :func:`embedkernels.embedding`. Tables whose rows are
+            scaled or added up in the same op have dense gradients, a ``sparse`` one has rows, and one that was
+            patched before keeps its mode. The report says which is which.
         strict: raise instead of warning if there is nothing to patch, not even one lookup.
 
     Returns:
@@ -65,7 +79,7 @@ def patch(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: with ``strict``, no part of the model is supported.
+        ValueError: an unknown grad_mode; with ``strict``, no part of the model is supported.
 
     Example:
         >>> import embedkernels as ek, transformers
@@ -74,7 +88,9 @@ def patch(
         >>> report.active
         True
     """
-    steps = list(_plan(_module(model, "patch"), embeddings, rope, attention))
+    if grad_mode not in get_args(GradMode):
+        raise ValueError(f"patch: grad_mode must be dense or accumulate, got {grad_mode!r}")
+    steps = list(_plan(_module(model, "patch"), embeddings, rope, attention, grad_mode))
     found = [step for step in steps if step.entry.status != "left alone"]
     if not found and (embeddings or rope or attention):
         message = _unsupported(model, [step.entry for step in steps])
@@ -98,7 +114,7 @@ def describe(model: nn.Module) -> PatchReport:
         TypeError: ``model`` is not a module.
     """
     entries = []
-    for step in _plan(_module(model, "describe"), True, True, True):
+    for step in _plan(_module(model, "describe"), True, True, True, "dense"):
         entry = step.entry
         if step.change:
             entry = Entry(entry.path, entry.part, entry.was, entry.was, "left alone", "not patched")
@@ -121,6 +137,8 @@ def unpatch(model: nn.Module) -> None:
     wrapped = []
     for path, module in _module(model, "unpatch").named_modules():
         was_patched = module.__dict__.pop(MARK, None) is not None
+        if was_patched:
+            module.__dict__.pop(fused.ACCUMULATES, None)
         if fused.STOCK in type(module).__dict__:
             module.__class__ = fused.stock_class(module)
         elif was_patched and fused.has_fused_class(module):
@@ -162,11 +180,13 @@ def _apply(model: nn.Module, step: _Step) -> None:
         # A wrapper's class that was made from a fused one already has the fused forward.
         if not fused.has_fused_class(module):
             module.__class__ = fused.fused_class(type(module))
+        if step.entry.grad_mode == "accumulate":
+            module.__dict__[fused.ACCUMULATES] = True
 
 
-def _plan(model: nn.Module, embeddings: bool, rope: bool, attention: bool) -> Iterator[_Step]:
+def _plan(model: nn.Module, embeddings: bool, rope: bool, attention: bool, grad_mode: GradMode) -> Iterator[_Step]:
     if embeddings:
-        yield from _plan_embeddings(model)
+        yield from _plan_embeddings(model, grad_mode)
     if rope:
         yield from _plan_rotary(model)
     if attention:
@@ -177,7 +197,7 @@ def _plan(model: nn.Module, embeddings: bool, rope: bool, attention: bool) -> It
 _SHORTEST = 16
 
 
-def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
+def _plan_embeddings(model: nn.Module, grad_mode: GradMode) -> Iterator[_Step]:
     covered: set[int] = set()
     of_tokens = _token_tables(model)
     for path, module in model.named_modules():
@@ -186,7 +206,7 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
         adapter = fused.adapter_of(module)
         if adapter is None or adapter.recipe == "scaled":
             if isinstance(module, nn.Embedding):
-                yield _plan_lookup(path, module, adapter)
+                yield _plan_lookup(path, module, adapter, grad_mode)
             elif (base := base_of(type(module))) is not None:
                 derived = f"a subclass of {base.__name__}, which may compute something else: its tables are looked up"
                 yield _left_alone(path, module, derived, notable=True)
@@ -196,9 +216,8 @@ def _plan_embeddings(model: nn.Module) -> Iterator[_Step]:
                 yield _left_alone(path, module, f"{unknown}: its tables are looked up one by one", notable=True)
             continue
         never = "forward was replaced on the instance" if "forward" in module.__dict__ else None
-        step = _embedding_step(
-            path, module, adapter, never or guards.unfit(module, adapter), guards.problem(module, adapter)
-        )
+        never = never or guards.unfit(module, adapter)
+        step = _embedding_step(path, module, adapter, never, guards.problem(module, adapter), grad_mode)
         # The tables of a module that is left alone are looked up one by one.
         if step.entry.status != "left alone":
             covered.update(id(module._modules.get(table)) for table in adapter.tables)
@@ -230,7 +249,7 @@ def _left_alone(path: str, module: nn.Module, reason: str, notable: bool = False
     return _Step(Entry(path, "embeddings", name, name, "left alone", reason), module, False, notable)
 
 
-def _plan_lookup(path: str, table: nn.Embedding, adapter: Adapter | None) -> _Step:
+def _plan_lookup(path: str, table: nn.Embedding, adapter: Adapter | None, grad_mode: GradMode) -> _Step:
     """A step for a table that nothing else covers."""
     by_hand = isinstance(table, FusedEmbedding) and not fused.has_fused_class(table)
     fused_already = fused.is_fused(table) or by_hand
@@ -238,9 +257,9 @@ def _plan_lookup(path: str, table: nn.Embedding, adapter: Adapter | None) -> _St
         return _left_alone(path, table, f"a {type(table).__name__}, not an nn.Embedding, and its forward has no row")
     if table.weight.dim() == 2 and table.weight.shape[1] < _SHORTEST and not fused_already:
         return _left_alone(path, table, f"rows of {table.weight.shape[1]} elements are too short to gain by it")
-    not_now = guards.lookup_problem(table)
+    not_now = guards.lookup_problem(table) if adapter is None else guards.scaled_problem(table)
     never = "forward was replaced on the instance" if "forward" in table.__dict__ else not_now
-    return _embedding_step(path, table, adapter or LOOKUP, never, not_now)
+    return _embedding_step(path, table, adapter or LOOKUP, never, not_now, grad_mode)
 
 
 # Calls that a patched module runs stock, by recipe.
@@ -253,19 +272,41 @@ _NOTES = {
 }
 
 
-def _embedding_step(path: str, module: nn.Module, adapter: Adapter, never: str | None, not_now: str | None) -> _Step:
+def _embedding_step(
+    path: str, module: nn.Module, adapter: Adapter, never: str | None, not_now: str | None, asked: GradMode
+) -> _Step:
     """A step for a module that can never be fused, that cannot at present, or that can."""
     stock = fused.stock_class(module).__name__
     by_hand = isinstance(module, FusedEmbedding) and not fused.has_fused_class(module)
     already = fused.is_fused(module) or by_hand
     if never is not None and not already:
         return _Step(Entry(path, "embeddings", stock, stock, "left alone", never), module, False)
-    status: Status = "already" if already else "patched"
     if not_now is not None:
-        status = "falls back"
-    ops = () if not_now is not None else tuple(_choice(op, module) for op in adapter.ops)
-    entry = Entry(path, "embeddings", stock, adapter.formula, status, not_now or _NOTES[adapter.recipe], ops)
+        return _Step(Entry(path, "embeddings", stock, adapter.formula, "falls back", not_now), module, not already)
+    mode, why = _gradient(module, adapter, asked, already)
+    entry = Entry(
+        path,
+        "embeddings",
+        stock,
+        adapter.formula + ("" if mode == "dense" else f" (grad_mode={mode})"),
+        "already" if already else "patched",
+        "; ".join(filter(None, (_NOTES[adapter.recipe], why))),
+        tuple(_choice(op, module) for op in adapter.ops),
+        mode,
+    )
     return _Step(entry, module, not already)
+
+
+def _gradient(module: nn.Module, adapter: Adapter, asked: GradMode, already: bool) -> tuple[Mode, str]:
+    """What the gradients of the tables in a module will be, and why they will not accumulate as was asked for."""
+    if adapter.recipe != "lookup":
+        return "dense", "" if asked == "dense" else "its gradients stay dense, as all of several steps in one op do"
+    mode: Mode
+    if already:
+        mode, why = module.grad_mode, "as it was before: set grad_mode on it"  # type: ignore[assignment]
+    else:
+        mode, why = "rows" if module.sparse else asked, "as sparse is set"
+    return mode, "" if asked in ("dense", mode) else f"its gradient stays {mode}, {why}"
 
 
 def _plan_rotary(model: nn.Module) -> Iterator[_Step]:

@@ -6,6 +6,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from embedkernels.ops.embedding_grad import Mode
+
 Status = Literal["patched", "already", "falls back", "left alone"]
 
 
@@ -39,6 +41,8 @@ class Entry:
             at present its stock forward runs. ``"left alone"``: not changed.
         reason: why it falls back or was left alone.
         ops: the ops that it calls and where they run.
+        grad_mode: what the gradients of its tables are, ``"dense"``, ``"accumulate"`` or ``"rows"``; None where no op
+            of ours makes them.
     """
 
     path: str
@@ -48,6 +52,7 @@ class Entry:
     status: Status
     reason: str = ""
     ops: tuple[OpChoice, ...] = ()
+    grad_mode: Mode | None = None
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,13 @@ from embedkernels.ops import embed_launch as launch
 from embedkernels.ops import embedding_grad as _grad  # also defines torch.ops.embedkernels.embedding_backward
 from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.embed_launch import Indices, Kind, Parts, Settings
+from embedkernels.ops.embedding_plan import EmbeddingPlan, early_plan
 
 # The arguments of embed_forward that may get a gradient, of the 22 it has.
 _PLACES = {"weight": 1, "position_weight": 3, "type_weight": 8, "extra": 10, "norm_weight": 14, "norm_bias": 15}
 _ARGUMENTS = 22
+
+_WEIGHT = 2  # its place among the arguments of Embed
 
 _forward = shown_as("embedkernels::embed_forward")(launch.forward)
 _backward = shown_as("embedkernels::embed_backward")(launch.backward)
@@ -42,6 +45,8 @@ class Embed(torch.autograd.Function):
         given = Parts(*parts)  # type: ignore[arg-type]
         out, mean, rstd = _forward(kind, indices, given)
         _keep(ctx, kind, indices, given, mean, rstd)
+        if ctx.needs_input_grad[_WEIGHT] and indices.ids is not None and indices.packed is None:
+            ctx.plan = early_plan(indices.ids, kind.shape[0], kind.settings.padding_idx, None)
         return out
 
     @staticmethod
@@ -91,7 +96,7 @@ class Needs(NamedTuple):
 
 def _keep(ctx: Any, kind: Kind, indices: Indices, parts: Parts, mean: Tensor, rstd: Tensor) -> None:
     ctx.set_materialize_grads(False)
-    ctx.kind = kind
+    ctx.kind, ctx.plan = kind, None
     # Without a norm the gradient does not depend on the rows: do not keep what they are made of.
     kept = _NOTHING if kind.settings.norm == "none" else parts
     ctx.save_for_backward(*indices, *kept, mean, rstd)
@@ -128,8 +133,13 @@ def _gradients(ctx: Any, need: Needs, grad: Tensor | None) -> tuple[Tensor | Non
     grads: dict[str, Tensor] = {}
     if need_rows:
         scaled = rows * settings.scale if need.weight and row_scale != settings.scale else rows
-        of_parts = _packed_gradients if indices.packed is not None else _row_gradients
-        grads = of_parts(kind, need, rows, scaled, indices, _direct_scatter if direct else _scatter)
+        scatter = _direct_scatter if direct else _scatter
+        if indices.packed is not None:
+            grads = _packed_gradients(kind, need, rows, scaled, indices, scatter)
+        else:
+            early = ctx.plan if direct else None
+            plan = None if early is None else early.ready()
+            grads = _row_gradients(kind, need, rows, scaled, indices, scatter, plan)
     return (
         *(grads.get(name) for name in ("weight", "position_weight", "type_weight", "extra")),
         weight_grad if need.norm_weight else None,
@@ -162,17 +172,21 @@ def _scatter(source: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor
 
 
 _direct_scatter = shown_as("embedkernels::embedding_backward")(_grad.backward)
+_planned = shown_as("embedkernels::embedding_grad")(_grad.dense_grad)
 
 
 def _row_gradients(
-    kind: Kind, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor]
-) -> dict[str, Tensor]:
+    kind: Kind, need: Needs, rows: Tensor, scaled: Tensor, indices: Indices, scatter: Callable[..., Tensor],
+    plan: EmbeddingPlan | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Of the parts of a row, from the gradients of all rows."""
     ids, position_ids, type_ids = indices.ids, indices.position_ids, indices.type_ids
     grads: dict[str, Tensor] = {}
     if need.weight:
         if ids is None:
             grads["weight"] = scaled.view(kind.shape)
+        elif plan is not None:
+            grads["weight"] = _planned(scaled, plan)
         else:
             grads["weight"] = scatter(scaled, ids, kind.shape[0], kind.settings.padding_idx)
     # What is the same in every sequence is summed over the sequences first.

@@ -14,7 +14,7 @@ from embedkernels.ops import embedding_grad as _grad  # defines torch.ops.embedk
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops import table_grad
 from embedkernels.ops.backend import Backend, check_stock_autograd, choose, needs_stock_autograd
-from embedkernels.ops.eager import is_eager
+from embedkernels.ops.eager import apply, is_eager
 from embedkernels.ops.embedding_plan import EmbeddingPlan, check_ids_tensor, normalized_padding
 from embedkernels.reference import embedding as reference
 
@@ -90,9 +90,8 @@ def embedding(
             table_grad.warn_dense("torch.compile or a tensor subclass has to see the gradient")
         return lookup(ids, weight, padding_idx=padding, scale_by_freq=scale_grad_by_freq, backend=backend)
     if torch.is_grad_enabled() and weight.requires_grad:
-        out: Tensor = table_grad.Lookup.apply(
-            weight, ids, table_grad.Options(padding, scale_grad_by_freq, grad_mode, backend, plan), _forward
-        )
+        options = table_grad.Options(padding, scale_grad_by_freq, grad_mode, backend, plan)
+        out: Tensor = apply(table_grad.Lookup, weight, ids, options, _forward)
         return out
     return _forward(weight, ids, backend)
 
@@ -192,22 +191,14 @@ def _fake(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     weight, ids, ctx.padding_idx, ctx.backend, _, _, ctx.scale_by_freq = inputs
     ctx.num_rows = weight.shape[0]
-    # The plan is made here, so that it is not between the last layers' gradients and the end of the step.
-    plan = table_grad.traced_plan(ids, ctx.num_rows, ctx.padding_idx, ctx.backend) if ctx.needs_input_grad[0] else ()
-    ctx.save_for_backward(ids, *plan)
+    ctx.save_for_backward(ids)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    ids, *plan = ctx.saved_tensors
-    if plan:
-        rows = grad.reshape(ids.numel(), grad.shape[-1])
-        table = torch.ops.embedkernels.embedding_grad(
-            rows, *plan, ctx.num_rows, None, None, ctx.scale_by_freq, ctx.backend
-        )
-    else:
-        table = torch.ops.embedkernels.embedding_backward(
-            grad, ids, ctx.num_rows, ctx.padding_idx, ctx.backend, ctx.scale_by_freq
-        )
+    (ids,) = ctx.saved_tensors
+    table = torch.ops.embedkernels.embedding_backward(
+        grad, ids, ctx.num_rows, ctx.padding_idx, ctx.backend, ctx.scale_by_freq
+    )
     return table, None, None, None, None, None, None
 
 

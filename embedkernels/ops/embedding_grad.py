@@ -206,6 +206,8 @@ def _check_out(out: Tensor | None, grad_rows: Tensor, plan: EmbeddingPlan, mode:
         raise ValueError(f"{op}: out must have shape ({at_least}{rows}, {width}), got {tuple(out.shape)}")
     if out.device != plan.order.device:
         raise ValueError(f"{op}: out is on {out.device}, the ids are on {plan.order.device}")
+    if out.untyped_storage().data_ptr() == grad_rows.untyped_storage().data_ptr() and out.numel() > 0:
+        raise ValueError(f"{op}: out and grad_rows must not share memory")
     if not out.is_contiguous():
         raise ValueError(f"{op}: out must be contiguous, got strides {out.stride()}")
 
@@ -321,7 +323,9 @@ def _aten_cpu(rows: Tensor, ids: Tensor, num_rows: int, padding: int, scale_by_f
     wide = rows if rows.dtype == torch.float64 else rows.float()
     if scale_by_freq:  # its own counts read ids of -1 out of bounds
         kept = ids.clamp(min=0)
-        counts = torch.zeros(num_rows, dtype=wide.dtype).index_add_(0, kept, (ids != padding).to(wide.dtype))
+        counts = torch.zeros(num_rows, dtype=wide.dtype, device=ids.device).index_add_(
+            0, kept, (ids != padding).to(wide.dtype)
+        )
         wide = wide * counts.clamp_(min=1).reciprocal_()[kept][:, None]
     return torch.ops.aten.embedding_dense_backward(wide, ids, num_rows, padding, False).to(rows.dtype)
 

@@ -1,7 +1,7 @@
 """The plan of a table's gradient: which gradient rows meet in which row, from the ids alone.
 
-It is made once and used by whoever needs it: the lookup's autograd formula makes it in the forward
-(:func:`early_plan`), where the device has time for it.
+It is made once and used by whoever needs it. A lookup has it made beside its forward (:func:`early_plan`), where the
+device has time for it.
 """
 
 # ruff: noqa: ARG001 (every function of an op takes the arguments of its schema)
@@ -21,8 +21,9 @@ from embedkernels.reference import embedding as reference
 
 _ID_DTYPES = (torch.int32, torch.int64)
 LIMIT = 2**31
-# Up to so many ids a plan is one launch, which takes less time than handing it to a second stream.
-_ONE_LAUNCH = 4096
+# Up to so many ids a plan is one launch (csrc/cuda/plan_small.cuh), which takes less time than handing it to a second
+# stream.
+_ONE_LAUNCH = 5120
 
 
 @dataclass(frozen=True)
@@ -186,17 +187,20 @@ class EarlyPlan:
 
     plan: EmbeddingPlan
     event: torch.cuda.Event | None = None
-    origin: torch.cuda.Stream | None = None
 
-    def ready(self) -> EmbeddingPlan:
-        """The plan, for launches on the current stream from now on."""
-        if self.event is not None and self.origin is not None:
-            current = torch.cuda.current_stream(self.plan.order.device)
-            current.wait_event(self.event)
-            # The memory goes back to the second stream, which waits for the origin's work before it uses it again.
-            if current != self.origin:
-                for part in self.plan.parts:
-                    part.record_stream(current)
+    def ready(self) -> EmbeddingPlan | None:
+        """The plan, for launches on the current stream from now on; None in a capture, which can wait for no event
+        from before it."""
+        if self.event is None:
+            return self.plan
+        device = self.plan.order.device
+        if id_errors.capturing(device):
+            return None
+        current = torch.cuda.current_stream(device)
+        current.wait_event(self.event)
+        # The memory belongs to the second stream, which PyTorch may hand out to others as well.
+        for part in self.plan.parts:
+            part.record_stream(current)
         return self.plan
 
 
@@ -204,14 +208,16 @@ class EarlyPlan:
 _beside: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 
-def early_plan(ids: Tensor, num_rows: int, padding: int, backend: Backend) -> EarlyPlan:
-    """A plan for later: on a GPU beside what the current stream does next, unless it is small or being captured.
+def early_plan(ids: Tensor, num_rows: int, padding: int, requested: str | None) -> EarlyPlan | None:
+    """A plan for later, made on a GPU beside what the current stream does next; None where nothing is gained.
 
-    Within a capture it is made in line: the graph of a forward alone could not wait for the second stream.
+    That is on a CPU, where it is small, and within a capture, since the graph of a forward alone could not wait for
+    the second stream: whoever needs the plan then makes it.
     """
     device = ids.device
-    if device.type != "cuda" or ids.numel() <= _ONE_LAUNCH or torch.cuda.is_current_stream_capturing():
-        return EarlyPlan(make_plan(ids, num_rows, padding, backend=backend))
+    if device.type != "cuda" or ids.numel() <= _ONE_LAUNCH or id_errors.capturing(device):
+        return None
+    backend = choose("embedding_grad", device, requested).backend
     origin = torch.cuda.current_stream(device)
     beside = _beside.get((origin.device_index, origin.cuda_stream))
     if beside is None:
@@ -221,7 +227,7 @@ def early_plan(ids: Tensor, num_rows: int, padding: int, backend: Backend) -> Ea
         plan = make_plan(ids, num_rows, padding, backend=backend)
         event = beside.record_event()
     ids.record_stream(beside)  # may be freed before the plan has read them
-    return EarlyPlan(plan, event, origin)
+    return EarlyPlan(plan, event)
 
 
 _library = torch.library.Library("embedkernels", "FRAGMENT")

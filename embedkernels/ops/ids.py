@@ -64,7 +64,8 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` is being captured in a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -80,7 +81,7 @@ def error_state(device: torch.device) -> ErrorState:
     state = _states.get(device)
     if state is not None:
         return state
-    if _capturing(device):
+    if capturing(device):
         raise RuntimeError(
             f"embedkernels: the first call on {device} is being captured in a CUDA graph, but it has to set up the "
             "record of ids out of range, which must not belong to a graph: run the op once before the capture"
@@ -162,7 +163,7 @@ def check_ids(ids: Tensor, rows: int, table: str, op: str) -> None:
 
 def _has_values(ids: Tensor) -> bool:
     return (
-        type(ids) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not ids.is_meta and not _capturing(ids.device)
+        type(ids) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not ids.is_meta and not capturing(ids.device)
     )
 
 
@@ -172,7 +173,7 @@ def raise_pending(device: torch.device) -> None:
     While a CUDA graph is captured nothing can be waited for: the record stays for the next call.
     """
     state = _states.get(device)
-    if state is None or not state.pending or _capturing(device):
+    if state is None or not state.pending or capturing(device):
         return
     with _lock, plain_tensors():
         if device.type == "cuda":
@@ -206,5 +207,5 @@ def after_launch(device: torch.device) -> None:
 
     Not while a CUDA graph is captured, which runs nothing that could be waited for.
     """
-    if os.environ.get("EMBEDKERNELS_CHECK_IDS", "0") == "1" and not _capturing(device):
+    if os.environ.get("EMBEDKERNELS_CHECK_IDS", "0") == "1" and not capturing(device):
         check_errors(device)

@@ -6,6 +6,8 @@ forward.
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from embedkernels.ops import embedding_grad as _grad
 from embedkernels.ops.backend import Backend, choose
-from embedkernels.ops.embedding_plan import EarlyPlan, EmbeddingPlan, early_plan
+from embedkernels.ops.eager import is_eager
+from embedkernels.ops.embedding_plan import EarlyPlan, EmbeddingPlan, early_plan, make_plan
 from embedkernels.reference.embedding import ACCUMULATE, PADDED_ROWS, ROWS
 
 
@@ -31,20 +34,6 @@ class Options:
     plan: EmbeddingPlan | None
 
 
-def plans_early(device: torch.device, backend: str | None) -> Backend | None:
-    """The gradient's backend if it works from a plan; PyTorch's own CPU kernel does not."""
-    chosen = choose("embedding_grad", device, backend).backend
-    return None if chosen == "torch" and device.type == "cpu" else chosen
-
-
-def traced_plan(ids: Tensor, num_rows: int, padding: int, backend: str) -> tuple[Tensor, ...]:
-    """A plan's parts by an op, where a graph is made or an op is called by its name; none if none is needed."""
-    if plans_early(ids.device, backend) is None or ids.numel() == 0:
-        return ()
-    made: tuple[Tensor, ...] = torch.ops.embedkernels.embedding_plan(ids, num_rows, padding, 0, None, backend)
-    return made
-
-
 class Lookup(torch.autograd.Function):
     """Rows of a table, by ``forward(weight, ids, backend)``."""
 
@@ -54,9 +43,9 @@ class Lookup(torch.autograd.Function):
         out = forward(weight, ids, options.backend)
         if options.plan is not None:
             ctx.plan = EarlyPlan(options.plan)
-        elif ids.numel() > 0 and (chosen := plans_early(ids.device, options.backend)) is not None:
+        else:
             # Kept as it is, not as saved tensors, whose hooks would read what another stream is still writing.
-            ctx.plan = early_plan(ids, ctx.num_rows, options.padding, chosen)
+            ctx.plan = early_plan(ids, ctx.num_rows, options.padding, options.backend)
         if options.mode == "accumulate":
             ctx.weight = weight
         ctx.save_for_backward(ids)
@@ -64,34 +53,55 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        exclusive = _is_ours_alone(grad)
         (ids,) = ctx.saved_tensors
         options = ctx.options
         mode = options.mode
-        if mode == "accumulate" and (reason := _owned(ctx.weight)) is not None:
-            warn_dense(reason)
-            mode = "dense"
-        if mode == "rows" and torch.is_grad_enabled():
+        if mode == "accumulate":
+            if not ctx.weight.requires_grad:  # frozen since
+                return None, None, None, None
+            reason = "it is transformed or compiled" if _is_transformed(grad) else _owned(ctx.weight)
+            if reason is not None:
+                warn_dense(reason)
+                mode = "dense"
+        if mode == "rows" and (torch.is_grad_enabled() or _is_transformed(grad)):
             raise NotImplementedError("embedding: a row-sparse gradient is not differentiable again; use a dense one")
+        if mode == "dense" and (torch.is_grad_enabled() or not is_eager(grad, ids)):
+            given = grad, ids, ctx.num_rows, options.padding, options.backend or "auto", options.scale_by_freq
+            return torch.ops.embedkernels.embedding_backward(*given), None, None, None
         plan = None if ctx.plan is None else ctx.plan.ready()
         if mode == "dense":
             return _dense(grad, ids, plan, ctx.num_rows, options), None, None, None
         if plan is None:
-            plan = early_plan(ids, ctx.num_rows, options.padding, "torch").ready()
+            chosen = choose("embedding_grad", ids.device, options.backend).backend
+            plan = make_plan(ids, ctx.num_rows, options.padding, backend=chosen)
         rows = grad.reshape(ids.numel(), grad.shape[-1])
         if mode == "accumulate":
-            _accumulate_later(ctx.weight, rows, plan, options)
+            _accumulate_later(ctx.weight, rows if exclusive else rows.clone(), plan, options)
             return None, None, None, None
         return row_gradient(rows, plan, options), None, None, None
 
 
+def _is_ours_alone(grad: Tensor) -> bool:
+    """Whether nothing but this backward holds ``grad`` or its memory.
+
+    What others hold they may write to before the pass is over: autograd hands the memory of a gradient to the leaf
+    that it is the last to reach, and adds to it there. The engine holds the tensor once, and each view of its memory,
+    the one made to ask for it included, counts once.
+    """
+    try:
+        alone: bool = grad._use_count() == 1  # type: ignore[attr-defined]
+        return alone and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == 2
+    except AttributeError:
+        return False
+
+
 def _dense(grad: Tensor, ids: Tensor, plan: EmbeddingPlan | None, num_rows: int, options: Options) -> Tensor:
-    again = torch.is_grad_enabled()
-    if plan is not None:
-        rows = grad.reshape(ids.numel(), grad.shape[-1])
-        return _grad.dense_grad(rows, plan, scale_by_freq=options.scale_by_freq, backend=options.backend)
-    given = grad, ids, num_rows, options.padding, options.backend or "auto", options.scale_by_freq
-    out: Tensor = torch.ops.embedkernels.embedding_backward(*given) if again else _grad.backward(*given)
-    return out
+    if plan is None:
+        backend = options.backend or "auto"
+        return _grad.backward(grad, ids, num_rows, options.padding, backend, options.scale_by_freq)
+    rows = grad.reshape(ids.numel(), grad.shape[-1])
+    return _grad.dense_grad(rows, plan, scale_by_freq=options.scale_by_freq, backend=options.backend)
 
 
 def row_gradient(rows: Tensor, plan: EmbeddingPlan, options: Options) -> Tensor:
@@ -106,20 +116,30 @@ def row_gradient(rows: Tensor, plan: EmbeddingPlan, options: Options) -> Tensor:
     return found.to_sparse() if on_cpu else found.to_padded_sparse()
 
 
+def _is_transformed(grad: Tensor) -> bool:
+    """Whether the backward runs under vmap, is compiled, or on a subclass: then there is no end to be called at."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return (
+        torch.compiler.is_compiling()
+        or bool(getattr(compiled, "compiled_autograd_enabled", False))
+        or torch._C._are_functorch_transforms_active()
+        or type(grad) is not Tensor
+    )
+
+
 def _owned(weight: Tensor) -> str | None:
-    """Why the gradient of ``weight`` must pass through autograd, or None if nothing but ``.grad`` waits for it."""
+    """Why the gradient of ``weight`` must pass through autograd, or None if nothing but ``.grad`` waits for it.
+
+    Hooks on the node that sets ``.grad`` cannot be seen from here, but a process group says that there may be some.
+    """
     if not weight.is_leaf:
         return "the table is computed from other tensors"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         return "the table has gradient hooks"
     if torch.is_grad_enabled():
         return "the gradient is to be differentiated again"
-    # The hooks of DDP and FSDP are in C++, where they cannot be seen.
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    # DDP and FSDP read gradients from hooks in C++, with one process as with many.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed may reduce the gradient"
     node = torch.autograd.graph.get_gradient_edge(weight).node
     try:
@@ -130,6 +150,7 @@ def _owned(weight: Tensor) -> str | None:
 
 
 _warned: set[str] = set()
+_adding = threading.Lock()
 
 
 @torch.compiler.assume_constant_result
@@ -157,7 +178,8 @@ def _accumulate_later(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options
                 current.wait_stream(stream)
                 for tensor in (rows, *plan.parts):
                     tensor.record_stream(current)
-        with torch.no_grad():
+        # Threads may run backward passes at the same time.
+        with torch.no_grad(), _adding:
             _add(weight, rows, plan, options)
 
     torch.autograd.Variable._execution_engine.queue_callback(add)
@@ -166,6 +188,10 @@ def _accumulate_later(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options
 def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) -> None:
     main_grad = getattr(weight, "main_grad", None)
     kept_elsewhere = isinstance(main_grad, Tensor)
+    if isinstance(main_grad, Tensor) and main_grad.shape != weight.shape:
+        raise ValueError(
+            f"embedding: main_grad must have the table's shape, {tuple(weight.shape)}, got {tuple(main_grad.shape)}"
+        )
     into: Tensor | None = main_grad if kept_elsewhere else weight.grad
     how: dict[str, Any] = {"scale_by_freq": options.scale_by_freq, "backend": options.backend}
     if into is None:
@@ -173,7 +199,7 @@ def _add(weight: Tensor, rows: Tensor, plan: EmbeddingPlan, options: Options) ->
     elif _takes_rows(into, rows):
         _grad.reduce_into(into, rows, plan, ACCUMULATE, **how)
     else:
-        total = into + _grad.dense_grad(rows, plan, **how)
+        total = _grad.dense_grad(rows, plan, **how) + into  # a sparse tensor can only be added to a dense one
         if kept_elsewhere:
             into.copy_(total)  # whoever made it keeps it
         else:

@@ -26,6 +26,7 @@ def test_throughput_of_a_single_step() -> None:
 
 
 def test_throughput_leaves_out_at_most_five_steps() -> None:
+    assert throughput([1.0], [8])["throughput_basis"] == "median over 1 training steps; no evaluation"
     assert "over 95 training steps (without the first 5)" in throughput([1.0] * 100, [8] * 100)["throughput_basis"]
 
 

@@ -28,6 +28,7 @@ from tests.cli.support import command
         ({"lr": 1e300}, "--lr: must be a number above 0 and at most 1e"),
         ({"weight_decay": float("inf")}, "--weight-decay: must not be negative and at most"),
         ({"warmup": 1e300}, "--warmup: must not be negative and at most"),
+        ({"precision": "fp16", "device": "cpu"}, "--precision: fp16 needs a GPU"),
     ],
     ids=str,
 )

@@ -145,7 +145,7 @@ def test_ops_without_ids_need_no_record(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_first_call_inside_a_capture_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(id_errors, "_capturing", lambda _: True)
+    monkeypatch.setattr(id_errors, "capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="run the op once before the capture"):
         id_errors.error_state(torch.device("cpu"))
 
@@ -155,7 +155,7 @@ def test_during_a_capture_an_error_is_kept(device: torch.device, monkeypatch: py
     if device.type == "cuda":
         torch.cuda.synchronize()
     with monkeypatch.context() as patched:
-        patched.setattr(id_errors, "_capturing", lambda _: True)
+        patched.setattr(id_errors, "capturing", lambda _: True)
         id_errors.raise_pending(device)
     with pytest.raises(IndexError, match="token id 44"):
         ek.check_errors()

@@ -266,8 +266,9 @@ def test_plans_of_every_size(backend: Any, n: int, rows: int) -> None:
 def test_a_gradient_beyond_2_31_elements(backend: Any, mode: Any) -> None:
     """N·D above 2**31, and V·D too: what a 32-bit offset would miss."""
     width, many = 1024, 2**31 // 1024 + 3
-    if torch.cuda.mem_get_info()[0] < 5 * many * width * 2:
-        pytest.skip("needs 22 GB of GPU memory")
+    copies = 12 if backend == "torch" else 5  # plain PyTorch adds whole rows in fp32, step by step
+    if torch.cuda.mem_get_info()[0] < copies * many * width * 2:
+        pytest.skip(f"needs {copies * many * width * 2 >> 30} GB of GPU memory")
     rows = torch.ones(many, width, dtype=torch.bfloat16, device="cuda")
     ids = torch.arange(many - 1, -1, -1, device="cuda")
     ids[0] = 0  # the first and the last gradient row meet in row 0; the last row of the table has none

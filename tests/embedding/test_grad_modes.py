@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,14 +157,115 @@ def test_an_optimizer_in_the_backward_owns_the_gradient(device: torch.device) ->
     assert steps == [True]
 
 
-def test_several_processes_own_the_gradient(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """The hooks of DistributedDataParallel cannot be seen from Python."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+def test_a_process_group_owns_the_gradient(device: torch.device, tmp_path: Path) -> None:
+    """Also one of a single process: DistributedDataParallel reads .grad in a hook that cannot be seen from Python."""
+    module, stock = table("accumulate", device), table("dense", device)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(module)
+        with pytest.warns(UserWarning, match=r"dense gradient: torch\.distributed may reduce the gradient"):
+            train(wrapped, some_ids(device))
+    finally:
+        torch.distributed.destroy_process_group()
+    train(stock, some_ids(device))
+    torch.testing.assert_close(module.weight.grad, stock.weight.grad)
+
+
+@pytest.mark.parametrize("what", ["its own table", "another leaf", "twice"])
+def test_a_gradient_that_others_hold_is_copied(what: str, device: torch.device) -> None:
+    """Autograd may hand its memory to a leaf and add to it there, before the lookup's rows are added."""
+    grads = []
+    for mode in ("accumulate", "dense"):
+        module, other = table(mode, device), table(mode, device)
+        ids = torch.arange(ROWS, device=device).flip(0)
+        if what == "its own table":
+            out = module(ids) + module.weight.view(ROWS, WIDTH)
+        elif what == "another leaf":
+            out = module(ids) + other.weight.view(ROWS, WIDTH)
+            out = out + other(ids) * 2
+        else:
+            out = module(ids) + module(ids.flip(0)) + other(ids)
+        out.backward(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(device))
+        grads.append((module.weight.grad, other.weight.grad))
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_gradient_of_its_own_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    judge = table_grad._is_ours_alone
+    monkeypatch.setattr(table_grad, "_is_ours_alone", lambda grad: seen.append(judge(grad)) or seen[-1])
     module = table("accumulate", device)
-    with pytest.warns(UserWarning, match=r"dense gradient: torch\.distributed may reduce the gradient"):
-        train(module, some_ids(device))
+    (module(some_ids(device)) * 2).square().sum().backward()
+    assert seen == [True]
+    out = module(some_ids(device))
+    (out + out.sigmoid()).square().sum().backward()
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("grad_mode", ["dense", "accumulate"])
+def test_batched_gradients(grad_mode: str, device: torch.device) -> None:
+    ids, batch = some_ids(device, 5), torch.randn(3, 5, WIDTH, device=device)
+    grads = []
+    for module in (table(grad_mode, device), nn.Embedding(ROWS, WIDTH, device=device)):
+        grads.append(torch.autograd.grad(module(ids), module.weight, batch, is_grads_batched=True)[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_threads_lose_no_addition(device: torch.device) -> None:
+    module = table("accumulate", device)
+    ids = torch.zeros(64, dtype=torch.int64, device=device)
+
+    def work() -> None:
+        for _ in range(25):
+            module(ids).sum().backward()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert module.weight.grad is not None
+    assert module.weight.grad[0].tolist() == [4 * 25 * 64.0] * WIDTH
+
+
+@pytest.mark.parametrize("grad_mode", ["dense", "accumulate", "rows"])
+def test_a_table_frozen_between_forward_and_backward_gets_none(grad_mode: str, device: torch.device) -> None:
+    module = table(grad_mode, device)
+    other = torch.ones(1, device=device, requires_grad=True)
+    out = (module(some_ids(device)) * other).sum()
+    module.weight.requires_grad_(False)
+    out.backward()
+    assert module.weight.grad is None
+    assert other.grad is not None
+
+
+def test_accumulate_after_rows(device: torch.device) -> None:
+    """A sparse gradient that is there becomes dense, as stock makes it."""
+    module, stock = table("rows", device), nn.Embedding(ROWS, WIDTH, device=device)
+    train(module, some_ids(device))
+    module.grad_mode = "accumulate"
+    train(module, some_ids(device))
+    train(stock, some_ids(device))
+    train(stock, some_ids(device))
+    torch.testing.assert_close(module.weight.grad, stock.weight.grad)
+
+
+def test_a_main_grad_of_another_shape_is_refused(device: torch.device) -> None:
+    module = table("accumulate", device)
+    module.weight.main_grad = torch.zeros(5, WIDTH, device=device)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"main_grad must have the table's shape, \(50, 6\), got \(5, 6\)"):
+        train(module, some_ids(device))
+
+
+def test_compiled_autograd_gets_a_dense_gradient(device: torch.device) -> None:
+    torch.compiler.reset()
+    module, stock = table("accumulate", device), nn.Embedding(ROWS, WIDTH, device=device)
+    out = module(some_ids(device)).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):  # type: ignore[attr-defined]
+        out.backward()
+    stock(some_ids(device)).sum().backward()
+    torch.testing.assert_close(module.weight.grad, stock.weight.grad)
 
 
 def test_a_gradient_of_the_gradient_is_dense(device: torch.device) -> None:
@@ -237,7 +340,9 @@ def test_a_padded_gradient_names_rows_in_use_alone(device: torch.device) -> None
 def test_a_plan_is_used_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = some_ids(device)
     plan = ek.embedding_plan(ids, ROWS, padding_idx=1)
-    monkeypatch.setattr(table_grad, "early_plan", None)
+    for made in ("early_plan", "make_plan"):
+        monkeypatch.setattr(table_grad, made, None)
+    monkeypatch.setattr("embedkernels.ops.embedding_grad.make_plan", None)
     weight = torch.randn(ROWS, WIDTH, device=device, requires_grad=True)
     ek.embedding(ids, weight, padding_idx=1, plan=plan).sum().backward()
     expected = torch.bincount(ids.reshape(-1), minlength=ROWS).to(weight)
@@ -291,17 +396,58 @@ def test_grad_mode_and_sparse_are_one_thing() -> None:
 
 @pytest.mark.gpu
 def test_a_plan_made_beside_the_forward_is_waited_for() -> None:
-    """Ids that are freed and written over right after the forward, and a backward at once."""
-    for _ in range(20):
+    """A backward at once, and graphs that are dropped without one, whose ids are written over."""
+    weight = torch.randn(30_000, 64, device="cuda", requires_grad=True)
+    for dropped in [True, False] * 10:
         ids = torch.randint(0, 30_000, (65_536,), device="cuda")
-        weight = torch.randn(30_000, 64, device="cuda", requires_grad=True)
         expected = torch.bincount(ids, minlength=30_000).float()
         out = ek.embedding(ids, weight)
-        del ids
-        torch.full((65_536,), 2**40, device="cuda")  # takes the memory of the ids, if it can be had
+        if dropped:
+            del ids, out  # the second stream may still read them
+            torch.full((65_536,), 2**40, device="cuda")  # takes their memory, if it can be had
+            continue
+        weight.grad = None
         out.backward(torch.ones_like(out))
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad[:, 0], expected)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_mode", ["dense", "accumulate", "rows"])
+def test_large_lookups_wait_for_nothing_and_can_be_captured(grad_mode: Any) -> None:
+    """Beyond one launch of the plan: forward and backward together, and a backward whose forward was not captured."""
+    ids = torch.randint(0, 5000, (20_000,), device="cuda")
+    weight = torch.randn(5000, 64, device="cuda", requires_grad=True)
+    upstream = torch.randn(20_000, 64, device="cuda")
+
+    def step() -> None:
+        ek.embedding(ids, weight, grad_mode=grad_mode).backward(upstream)
+
+    weight.grad = None if grad_mode == "rows" else torch.zeros_like(weight)
+    step()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    if grad_mode == "rows":
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    assert weight.grad is not None
+    weight.grad.zero_()
+    ids.random_(0, 5000)
+    graph.replay()
+    expected = torch.zeros(5000, 64, device="cuda").index_add_(0, ids, upstream)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

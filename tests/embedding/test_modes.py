@@ -296,6 +296,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": torch.zeros(5, 3)}, ValueError, r"out must have shape \(4, 3\), got \(5, 3\)"),
     ({"out": torch.zeros(4, 2)}, ValueError, r"out must have shape \(4, 3\), got \(4, 2\)"),
     ({"out": torch.zeros(1, 3), "mode": "rows"}, ValueError, r"out must have shape \(at least 3, 3\), got \(1, 3\)"),
+    (dict.fromkeys(("out", "grad_rows"), torch.zeros(3, 3)) | {"mode": "rows"}, ValueError, "must not share memory"),
     ({"out": torch.zeros(3, 4).t()}, ValueError, r"out must be contiguous, got strides \(1, 4\)"),
     ({"out": torch.zeros(4, 3, dtype=torch.float64)}, TypeError, "got torch.float64 for torch.float32"),
     ({"out": torch.zeros(4, 3, dtype=torch.int32)}, TypeError, "got torch.int32 for torch.float32"),

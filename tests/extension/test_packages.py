@@ -69,7 +69,7 @@ def status_in(installed):
         "import torch\n"
         "from embedkernels.ops.extension import extension_status\n"
         "s = extension_status(); print(s.loaded, s.cuda, s.reason, sep='|')\n"
-        "if s.loaded: torch.ops.embedkernels_ext.embedding_plan(torch.arange(4), 4, -1, 0)"
+        "if s.loaded: torch.ops.embedkernels_ext.embedding_plan(torch.arange(4), 4, -1, 0, None)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

@@ -340,7 +340,8 @@ def test_the_report_says_that_a_forward_is_not_known(alone, monkeypatch):
     name = "bert.BertEmbeddings" if alone else "electra.ElectraEmbeddings"
     known, cls = _one(name), name.split(".")[1]
     model = known(SimpleNamespace(**(CONFIG | dict.fromkeys(DROPOUTS, 0.0)))) if alone else build("electra")
-    monkeypatch.setattr(known, "forward", lambda self, *args, **kwargs: 2 * self.word_embeddings(*args, **kwargs))
+    forward = lambda self, ids, types: self.word_embeddings(ids) - self.token_type_embeddings(types)
+    monkeypatch.setattr(known, "forward", forward)
     with pytest.warns(UserWarning, match=f"{cls}: its forward is not known") as caught:
         report = ek.patch(model, attention=False)
     assert len(caught) == 1

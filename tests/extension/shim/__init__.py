@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def _raise(message: bytes | None) -> None:
         raise AssertionError(message.decode())
 
 
+class Sorted(NamedTuple):
+    """Bits that CUB was asked to sort by, from ``first_bit`` on (none: 0), and launches besides CUB's."""
+
+    first_bit: int
+    bits: int
+    launches: int
+
+
 def plan(
     ids: Tensor,
     num_rows: int,
@@ -86,21 +95,21 @@ def plan(
     order: int = FORWARD,
     at_start: bool = False,
     seed: int = 0,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
-    """embedding_plan by the CUDA kernels' bodies; also the number of key bits that were sorted."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Sorted]:
+    """embedding_plan by the CUDA kernels' bodies, and how it was made."""
     n = ids.numel()
     out = tuple(torch.empty(size, dtype=torch.int32) for size in (n, n, n + 1, 1))
-    bits = ctypes.c_int(0)
+    how = (ctypes.c_int * 3)()
     _raise(
         library().shim_plan(
             *(_pointer(ids), None if ignored is None else _pointer(ignored), ids.element_size()),
             *(_int64(n), _int64(num_rows), _int64(padding_idx)),
             *(_int64(vocab_start), order, ctypes.c_uint64(seed), int(at_start)),
             *(_pointer(part) for part in out),
-            ctypes.byref(bits),
+            how,
         )
     )
-    return out, bits.value  # type: ignore[return-value]
+    return out, Sorted(*how)  # type: ignore[return-value]
 
 
 class _GradCall(ctypes.Structure):

@@ -20,38 +20,54 @@ class Launcher {
  public:
   Launcher(int order, uint64_t seed) : order_(shim::Order(order)), seed_(seed) {}
 
-  template <class... Parameters, class... Arguments>
+  template <int Threads = kThreads, class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) {
+    ++launches;
     if (!error.empty()) return;
     if (blocks < 1 || blocks > 0x7fffffff) {
       error = "a grid of " + std::to_string(blocks) + " blocks";
       return;
     }
-    error = shim::run_grid(blocks, kThreads, order_, seed_++, selected, [&] { kernel(arguments...); });
+    error = shim::run_grid(blocks, Threads, order_, seed_++, selected, [&] { kernel(arguments...); });
   }
 
   // What CUB promises: by the lowest `bits` bits alone, stable, the result in either pair of buffers.
   int sort_pairs(uint32_t* const keys[2], int* const order[2], int64_t n, int bits) {
     if (!error.empty()) return 0;
-    sorted_bits = bits;
-    const uint64_t mask = (uint64_t{1} << bits) - 1;
-    std::vector<int64_t> places(n);
-    std::iota(places.begin(), places.end(), 0);
-    std::stable_sort(places.begin(), places.end(),
-                     [&](int64_t a, int64_t b) { return (keys[0][a] & mask) < (keys[0][b] & mask); });
-    for (int64_t i = 0; i < n; ++i) {
-      keys[1][i] = keys[0][places[i]];
-      order[1][i] = order[0][places[i]];
-    }
-    std::memset(keys[0], 0xff, n * sizeof(uint32_t));  // CUB leaves anything in the other pair
+    const std::vector<int64_t> places = sorted_places(keys[0], n, 0, bits);
+    for (int64_t i = 0; i < n; ++i) order[1][i] = order[0][places[i]];
     std::memset(order[0], 0xff, n * sizeof(int));
-    return 1;
+    return move_keys(keys, places);
+  }
+
+  int sort_keys(uint32_t* const keys[2], int64_t n, int first_bit, int end_bit) {
+    if (!error.empty()) return 0;
+    return move_keys(keys, sorted_places(keys[0], n, first_bit, end_bit));
   }
 
   std::function<bool(int64_t)> selected;
-  int sorted_bits = 0;
+  int sorted_from = 0, sorted_bits = 0, launches = 0;
 
  private:
+  std::vector<int64_t> sorted_places(const uint32_t* keys, int64_t n, int first_bit, int end_bit) {
+    sorted_from = first_bit;
+    sorted_bits = end_bit - first_bit;
+    const uint64_t mask = (uint64_t{1} << sorted_bits) - 1;
+    std::vector<int64_t> places(n);
+    std::iota(places.begin(), places.end(), 0);
+    std::stable_sort(places.begin(), places.end(), [&](int64_t a, int64_t b) {
+      return (keys[a] >> first_bit & mask) < (keys[b] >> first_bit & mask);
+    });
+    return places;
+  }
+
+  // CUB leaves anything in the other buffer.
+  static int move_keys(uint32_t* const keys[2], const std::vector<int64_t>& places) {
+    for (std::size_t i = 0; i < places.size(); ++i) keys[1][i] = keys[0][places[i]];
+    std::memset(keys[0], 0xff, places.size() * sizeof(uint32_t));
+    return 1;
+  }
+
   shim::Order order_;
   uint64_t seed_;
 };
@@ -145,11 +161,13 @@ void grad(GradCall& call) {
 template <class Id>
 void plan(const void* source, const bool* ignored, int64_t n, int64_t num_rows, int64_t padding_idx,
           int64_t vocab_start, int schedule, uint64_t seed, bool at_start, int* order, int* segment_ids,
-          int* segment_offsets, int* count, int* bits) {
+          int* segment_offsets, int* count, int* how) {
   const Input<Id> ids(source, n, at_start);
   const Input<bool> marks(ignored, ignored ? n : 0, at_start);
-  const Output<uint32_t> keys_a(n, at_start), keys_b(n, at_start);
-  const Output<int> order_a(n, at_start), order_b(n, at_start), counts(kMaxSegmentBlocks, at_start),
+  const PlanPath path = plan_path(n, num_rows);
+  const int64_t sorted = path.small ? 0 : n, moved = path.small || path.position_bits > 0 ? 0 : n;
+  const Output<uint32_t> keys_a(sorted, at_start), keys_b(sorted, at_start);
+  const Output<int> order_a(n, at_start), order_b(moved, at_start), counts(path.small ? 0 : kMaxSegmentBlocks, at_start),
       id_list(n, at_start), offsets(n + 1, at_start), total(1, at_start);
   const PlanBuffers buffers{{keys_a.get(), keys_b.get()}, {order_a.get(), order_b.get()},
                             counts.get(),                 id_list.get(),
@@ -162,17 +180,19 @@ void plan(const void* source, const bool* ignored, int64_t n, int64_t num_rows, 
   id_list.deliver(segment_ids);
   offsets.deliver(segment_offsets);
   total.deliver(count);
-  *bits = launcher.sorted_bits;
+  how[0] = launcher.sorted_from;
+  how[1] = launcher.sorted_bits;
+  how[2] = launcher.launches;
 }
 
 }  // namespace
 
 extern "C" const char* shim_plan(const void* ids, const bool* ignored, int id_bytes, int64_t n, int64_t num_rows,
                                  int64_t padding_idx, int64_t vocab_start, int schedule, uint64_t seed, int at_start,
-                                 int* order, int* segment_ids, int* segment_offsets, int* count, int* bits) {
+                                 int* order, int* segment_ids, int* segment_offsets, int* count, int* how) {
   error.clear();
   (id_bytes == 4 ? plan<int32_t> : plan<int64_t>)(ids, ignored, n, num_rows, padding_idx, vocab_start, schedule, seed, at_start,
-                                                  order, segment_ids, segment_offsets, count, bits);
+                                                  order, segment_ids, segment_offsets, count, how);
   return done();
 }
 
@@ -238,6 +258,12 @@ extern "C" void shim_convert(int dtype, const float* values, int64_t n, uint16_t
 }
 
 extern "C" int shim_key_bits(int64_t num_rows) { return key_bits(num_rows); }
+
+extern "C" void shim_small_passes(int64_t num_rows, int* found) {
+  const SmallPasses how = small_passes(num_rows);
+  found[0] = how.passes;
+  found[1] = how.bits;
+}
 
 // strips, tile, reduce_blocks, zero_blocks, finish_blocks, lanes, block_strips, zero_rows of a launch.
 extern "C" void shim_shape(int64_t n, int64_t num_rows, int64_t width, int element_size, int vector, int zero_vector,

@@ -22,6 +22,7 @@
 #define __syncthreads() shim::block_barrier(__LINE__, 0)
 #define __syncthreads_count(predicate) shim::block_barrier(__LINE__, (predicate) != 0)
 #define __ballot_sync(mask, predicate) shim::warp_ballot(__LINE__, mask, (predicate) != 0)
+#define __syncwarp() shim::warp_ballot(__LINE__, 0xffffffffu, false)
 #define __popc(bits) __builtin_popcount(bits)
 
 namespace shim {
