@@ -16,23 +16,6 @@ FILL = 0.53  # share of tokens that are not padding in batches of reviews or que
 
 
 @dataclass(frozen=True)
-class EmbedCase:
-    """BERT's front end: tokens + types + positions, LayerNorm, dropout."""
-
-    name: str
-    batch: int
-    length: int
-    rows: int
-    width: int
-    ids: str = "zipf"
-    dtype: str = "bfloat16"
-    dropout: float = 0.1
-
-    def tiny(self) -> EmbedCase:
-        return replace(self, batch=2, length=9, rows=67, width=32)
-
-
-@dataclass(frozen=True)
 class AttentionCase:
     """Scaled dot-product attention; ``fill`` < 1 pads the keys of every sequence to a different length."""
 
@@ -91,15 +74,6 @@ class StepCase:
         return replace(self, batch=2, length=12, layers=2, width=32, heads=2, rows=67)
 
 
-EMBED = (
-    EmbedCase("bert 16k", 128, 128, 30522, 768),
-    EmbedCase("xlm-r large 16k", 32, 512, 250002, 1024),
-    EmbedCase("bert 512", 4, 128, 30522, 768),
-    EmbedCase("bert 64k", 128, 512, 30522, 768),
-    EmbedCase("bert 16k uniform", 128, 128, 30522, 768, ids="uniform"),
-    EmbedCase("bert 16k hot row", 128, 128, 30522, 768, ids="hot"),
-    EmbedCase("bert 16k fp32", 128, 128, 30522, 768, dtype="float32"),
-)
 ATTENTION = (
     AttentionCase("bert-base 128 padded", 32, 128, 12, 12, 64, fill=FILL, dropout=0.1),
     AttentionCase("bert-base 512 padded", 16, 512, 12, 12, 64, fill=FILL, dropout=0.1),

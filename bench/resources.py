@@ -27,10 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,14 @@ INSTRUCTIONS = {
     "ldl": r"LDL\b",
     "stl": r"STL\b",
 }
+# Compiled by a thin selection too, by target: what promises something that no other spec stands for. Every variant of
+# the input embeddings is to be half occupied up to 1024 columns; of the plain ones, the accesses are counted.
+KEPT = (
+    ("sm_*", "embed_?wd_kernel[[]d1024,*bf16]"),
+    ("sm_90", "embed_?wd_kernel[[]d64,fp32]"),
+    ("sm_90", "embed_?wd_kernel[[]d768,fp32]"),
+    ("sm_90", "embed_?wd_kernel[[]d1024,fp32]"),
+)
 # What is counted in PTX: 16 bytes and more in one instruction, Hopper's warpgroup products, products rounded to tf32.
 PTX = {
     "loads_16": r"ld\.global[\w.:]*\.(?:v[48]\.\w32|v[24]\.\w64)|cp\.async\.cg\.|cp\.async\.bulk\.tensor\.",
@@ -98,6 +108,8 @@ class Resources:
         occupancy: share of a multiprocessor's threads that registers and shared memory allow (NVIDIA only).
         ptx: static counts, keys of ``PTX`` (NVIDIA only).
         instructions: static counts, keys of ``INSTRUCTIONS`` and ``total`` (NVIDIA only, and only if asked for).
+        accesses: static counts of instructions that access global memory: see :func:`global_accesses` (NVIDIA only,
+            and only if asked for).
         seconds: of compilation.
     """
 
@@ -116,6 +128,7 @@ class Resources:
     occupancy: float | None = None
     ptx: dict[str, int] = field(default_factory=dict)
     instructions: dict[str, int] = field(default_factory=dict)
+    accesses: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -224,8 +237,8 @@ def amdgcn_usage(assembly: str) -> tuple[int, int]:
     return max(vgprs), max(scratch, default=0)
 
 
-def instruction_mix(cubin: bytes) -> dict[str, int]:
-    """Static counts of the instructions of interest in a cubin."""
+def opcodes_of(cubin: bytes) -> list[str]:
+    """The instructions of a cubin, without their operands."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -234,12 +247,31 @@ def instruction_mix(cubin: bytes) -> dict[str, int]:
         sass = subprocess.run(
             [knobs.nvidia.nvdisasm.path, "-ndf", "-c", file.name], check=True, capture_output=True, text=True
         ).stdout
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+
+
+def instruction_mix(opcodes: list[str]) -> dict[str, int]:
+    """Static counts of the instructions of interest."""
     counts = {
         name: sum(re.match(pattern, op) is not None for op in opcodes) for name, pattern in INSTRUCTIONS.items()
     }
     counts["total"] = len(opcodes)
     return counts
+
+
+def global_accesses(opcodes: list[str]) -> dict[str, int]:
+    """Static counts of accesses to global memory by their bits: ``"load 128"``, ``"store 32"``, ``"atomic"``."""
+    found: Counter[str] = Counter()
+    for op in opcodes:
+        name, *suffixes = op.split(".")
+        if name in ("LDG", "STG"):
+            bits = next(
+                (match for s in suffixes if (match := re.sub(r"^[US]", "", s)) in ("8", "16", "64", "128")), "32"
+            )
+            found[f"{'load' if name == 'LDG' else 'store'} {bits}"] += 1
+        elif name in ("ATOM", "ATOMG", "RED", "REDG"):
+            found["atomic"] += 1
+    return dict(sorted(found.items()))
 
 
 def occupancy(registers: int, threads: int, shared: int, target: str) -> float:
@@ -263,8 +295,10 @@ def tile_of(spec: Any) -> dict[str, int]:
     return {**blocks, "warps": spec.num_warps, "stages": spec.num_stages, **limit}
 
 
-def measure_one(module: str, name: str, target: str, mix: bool = True, variants: str = "listed") -> Resources:
-    """Compile one spec and read what it takes. Never raises: a failure is in ``error``."""
+def measure_one(
+    module: str, name: str, target: str, mix: Collection[str] | None = None, variants: str = "listed"
+) -> Resources:
+    """Compile one spec and read what it takes; ``mix``: see :func:`measure`. Never raises: a failure is ``error``."""
     started = time.perf_counter()
     result = Resources(name, module, "", target)
     try:
@@ -276,8 +310,9 @@ def measure_one(module: str, name: str, target: str, mix: bool = True, variants:
             result.threads = 32 * int(compiled.metadata.num_warps)
             result.registers, result.spill_stores, result.spill_loads, result.local = ptxas_usage(log)
             result.ptx = {name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in PTX.items()}
-            if mix:
-                result.instructions = instruction_mix(compiled.asm["cubin"])
+            if mix is None or name in mix:
+                opcodes = opcodes_of(compiled.asm["cubin"])
+                result.instructions, result.accesses = instruction_mix(opcodes), global_accesses(opcodes)
             result.occupancy = occupancy(result.registers, result.threads, result.shared, target)
         else:
             result.threads = 64 * int(compiled.metadata.num_warps)
@@ -338,7 +373,7 @@ def select(module: str, target: str, thin: bool, variants: str = "listed") -> li
     Args:
         thin: leave out fp16 twins; of what is the target's own, head sizes whose tile a wider one has too; of what is
             the same on every target, all but the largest of each kernel, except in 16 bits on sm_90, as models are
-            trained.
+            trained, and what ``KEPT`` names.
     """
     specs = {
         name: spec
@@ -349,7 +384,12 @@ def select(module: str, target: str, thin: bool, variants: str = "listed") -> li
         specs = _without_twins(specs)
         own = {name: spec for name, spec in specs.items() if spec.targets is not None}
         common = {name: spec for name, spec in specs.items() if spec.targets is None}
-        kept = {name: s for name, s in common.items() if target == "sm_90" and "*bf16" in s.signature.values()}
+        kept = {
+            name: spec
+            for name, spec in common.items()
+            if (target == "sm_90" and "*bf16" in spec.signature.values())
+            or any(fnmatchcase(target, where) and fnmatchcase(name, what) for where, what in KEPT)
+        }
         others = {name: spec for name, spec in common.items() if name not in kept}
         specs = {**_widest(own), **kept, **_largest(others)}
     return list(specs)
@@ -364,7 +404,7 @@ def measure(
     targets: Iterable[str],
     jobs: int = 2,
     thin: bool = False,
-    mix: bool = True,
+    mix: Collection[str] | None = None,
     seconds: float | None = None,
     variants: str = "listed",
 ) -> tuple[list[Resources], int]:
@@ -374,6 +414,7 @@ def measure(
     the crash is charged to the spec that caused it.
 
     Args:
+        mix: names of the specs to disassemble, None for all.
         seconds: after which no compilation is started; None for no limit.
 
     Returns:
@@ -458,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modules", default="", help="kernel modules, comma separated; all by default")
     parser.add_argument("--variants", choices=["listed", "all"], default="listed", help="all: a sweep")
     parser.add_argument("--thin", action="store_true", help="leave out what another spec stands for")
-    parser.add_argument("--no-mix", action="store_true", help="do not disassemble")
+    parser.add_argument("--mix", nargs="*", metavar="SPEC", help="names of what to disassemble; all by default")
     parser.add_argument("--seconds", type=float, help="start no compilation after this time")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -475,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         targets,
         args.jobs,
         args.thin,
-        not args.no_mix and args.variants != "all",
+        () if args.variants == "all" else args.mix,
         args.seconds,
         args.variants,
     )

@@ -23,15 +23,15 @@ import embedkernels as ek
 OPTIONAL = ("liger_kernel", "flag_gems")
 # Waves after the first, which is the yardstick's and ours: no case must lack these for the sake of another's rivals.
 COMPILED, OTHERS = 1, 2
-EPS = 1e-12  # of BERT's LayerNorm
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A rival's calls for one case; ``forward`` is None where the case has only a backward."""
+    """A rival's calls for one case, each None where the case has no such pass."""
 
     forward: Callable[[], Any] | None
     training: Callable[[], dict[str, Tensor]]
+    backward_to_rows: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,56 +70,6 @@ def differentiable(run: Callable[[], Tensor], leaves: dict[str, Tensor], upstrea
         return {"out": out.detach(), **{f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
     return Prepared(run, training)
-
-
-def bert_stem(
-    ids: Tensor, types: Tensor, word: Tensor, kind: Tensor, position: Tensor, gain: Tensor, bias: Tensor, p: float
-) -> Tensor:
-    """BERT's input embeddings in plain PyTorch, in Hugging Face's order of additions."""
-    x = F.embedding(ids, word, padding_idx=0) + F.embedding(types, kind) + position[: ids.shape[-1]]
-    return F.dropout(F.layer_norm(x, gain.shape, gain, bias, EPS), p)
-
-
-def embed_rivals(tiny: bool) -> list[Rival]:
-    """BERT's front end; the first one is the yardstick."""
-
-    def leaves(x: SimpleNamespace) -> dict[str, Tensor]:
-        return {name: getattr(x, name) for name in ("word", "kind", "position", "gain", "bias")}
-
-    def stem(function: Callable[..., Tensor]) -> Callable[[SimpleNamespace, float], Prepared]:
-        def build(x: SimpleNamespace, dropout: float) -> Prepared:
-            return differentiable(
-                lambda: function(x.ids, x.types, x.word, x.kind, x.position, x.gain, x.bias, dropout),
-                leaves(x),
-                x.upstream,
-            )
-
-        return build
-
-    def ours(x: SimpleNamespace, dropout: float) -> Prepared:
-        return differentiable(
-            lambda: ek.embed(
-                x.ids,
-                x.word,
-                position_weight=x.position,
-                type_weight=x.kind,
-                type_ids=x.types,
-                norm="layer",
-                norm_weight=x.gain,
-                norm_bias=x.bias,
-                norm_eps=EPS,
-                dropout_p=dropout,
-                padding_idx=0,
-            ),
-            leaves(x),
-            x.upstream,
-        )
-
-    return [
-        Rival("eager", stem(bert_stem)),
-        Rival("ours", ours, ours=True, required=True),
-        Rival("torch.compile", stem(compiled(bert_stem, tiny)), wave=COMPILED),
-    ]
 
 
 def stock_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import embedkernels as ek
-from bench import cases, check, environment, rivals, table_grad
+from bench import cases, check, environment, front_end, rivals, table_grad
 from bench.files import write_json
 from bench.rivals import Prepared, Rival
 from bench.timing import CaptureLeak, Stopwatch, ceilings, summary
@@ -57,48 +57,8 @@ class Suite:
     rivals: Callable[[bool], list[Rival]]
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(SEED)
-
-
 def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
-
-
-def embed_inputs(case: cases.EmbedCase, device: torch.device) -> SimpleNamespace:
-    generator, dtype = _generator(), getattr(torch, case.dtype)
-    torch.manual_seed(SEED)
-
-    def table(rows: int) -> Tensor:
-        return _leaf(torch.randn(rows, case.width, device=device).to(dtype))
-
-    shape = (case.batch, case.length)
-    return SimpleNamespace(
-        ids=cases.make_ids(case.batch * case.length, case.rows, case.ids, generator).view(shape).to(device),
-        types=torch.randint(0, 2, shape, generator=generator).to(device),
-        word=table(case.rows),
-        kind=table(2),
-        position=table(case.length),
-        gain=_leaf(1 + torch.randn(case.width, device=device).to(dtype) / 8),
-        bias=_leaf(torch.randn(case.width, device=device).to(dtype)),
-        upstream=torch.randn(*shape, case.width, device=device).to(dtype),
-    )
-
-
-def embed_expected(x: SimpleNamespace) -> dict[str, Tensor]:
-    names = ("word", "kind", "position", "gain", "bias")
-    wide = {name: _leaf(getattr(x, name).double()) for name in names}
-    word, kind, position, gain, bias = wide.values()
-    out = rivals.bert_stem(x.ids, x.types, word, kind, position, gain, bias, 0.0)
-    return rivals.differentiable(lambda: out, wide, x.upstream.double()).training()
-
-
-def embed_floors(case: cases.EmbedCase, x: SimpleNamespace) -> dict[str, tuple[float, float]]:
-    row = case.width * x.word.element_size()
-    tokens, unique = x.ids.numel(), int(x.ids.unique().numel())
-    forward = tokens * (row + 16) + unique * row  # the output and both ids; every row in use once
-    backward = tokens * (row + 16) + unique * row + case.rows * row  # the gradient in, rows again, the table out
-    return {"forward": (forward, 0), "training": (forward + backward, 0)}
 
 
 def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleNamespace:
@@ -210,7 +170,14 @@ def rope_floors(case: cases.RopeCase, x: SimpleNamespace) -> dict[str, tuple[flo
 
 
 SUITES: dict[str, Suite] = {
-    "embed": Suite("embed", cases.EMBED, embed_inputs, embed_expected, embed_floors, rivals.embed_rivals),
+    "embed": Suite(
+        "embed",
+        front_end.CASES,
+        front_end.inputs,
+        front_end.expected,
+        front_end.floors,
+        front_end.contestants,
+    ),
     "embedding_grad": Suite(
         "embedding_grad",
         table_grad.CASES,

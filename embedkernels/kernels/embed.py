@@ -36,7 +36,6 @@ from embedkernels.kernels.ids import EMBED, report_bad_id
 from embedkernels.kernels.launch import Launcher, blocks
 from embedkernels.kernels.random import keep_scale, row_keep_mask
 from embedkernels.kernels.sinusoids import constants, sinusoid_rows
-from embedkernels.kernels.specs import CompileSpec
 from embedkernels.reference.sinusoids import MOST_POSITIONS
 
 MOST_ROWS = 2**30 - 2**16
@@ -46,9 +45,11 @@ NORMS = ("none", "layer", "rms")
 WIDEST = 8192
 CHUNK = 1024
 # Backward, when every program leaves a partial row of the norm's gradients: as many programs as fill half of the
-# multiprocessors' threads, but each with a few tiles, so that the partial rows stay small beside the gradient.
+# multiprocessors' threads, but each with a few tiles; and beyond one for each multiprocessor no more than leave
+# partial rows, written and read, of 1/20 of the gradients in and out.
 WARPS_PER_SM = 32
 TILES_PER_PROGRAM = 4
+PARTIAL_SHARE = 20
 # The sum of those rows: narrow columns, so that enough programs share it, and many loads in flight in each.
 REDUCE_ROWS = 128
 REDUCE_COLUMNS = 16
@@ -78,8 +79,14 @@ def _sinusoids(constants_ptr, padding, ids, live, rows, columns, errors, D: tl.c
     if REPORT:
         bad = live & (known == 0) & (tl.program_id(1) == 0)
         report_bad_id(bad, ids, rows.to(tl.int64), _MOST_POSITIONS, 1, EMBED, errors[0], errors[1])
-    x = sinusoid_rows(constants_ptr, ids, columns, D, ROUNDED)
+    x = sinusoid_rows(constants_ptr, ids.to(tl.int32), columns, D, ROUNDED)
     return tl.where((known & (ids != padding))[:, None], x, 0.0)
+
+
+@triton.jit
+def _shared(rows, period):
+    """The number of what a row shares with those ``period`` before and after it. Unsigned: half the instructions."""
+    return (rows.to(tl.uint32) % period.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
@@ -129,13 +136,13 @@ def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: t
             row = tl.where(live[:, None], row, 0.0)
         x += row
     if TYPE == 2:
-        ids = tl.load(type_ids_ptr + rows % type_period, mask=live, other=0).to(tl.int64)
+        ids = tl.load(type_ids_ptr + _shared(rows, type_period), mask=live, other=0).to(tl.int64)
         x += _table(type_weight_ptr, type_rows, ids, live, rows, columns, errors, D, 2, REPORT)
     if POSITION:
         if POSITION == 1:
-            ids = (position_start + rows % position_period).to(tl.int64)
+            ids = (position_start + _shared(rows, position_period)).to(tl.int64)
         else:
-            ids = tl.load(position_ids_ptr + rows % position_period, mask=live, other=0).to(tl.int64)
+            ids = tl.load(position_ids_ptr + _shared(rows, position_period), mask=live, other=0).to(tl.int64)
         if SINUSOIDS:
             x += _sinusoids(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, SINUSOIDS == 2,
                             REPORT and POSITION == 2)  # fmt: skip
@@ -143,7 +150,7 @@ def _summed_rows(rows, live, columns, sources, errors, D: tl.constexpr, GIVEN: t
             x += _table(position_weight_ptr, position_rows, ids, live, rows, columns, errors, D, 1,
                         REPORT and POSITION == 2)  # fmt: skip
     if EXTRA:
-        ids = (rows % extra_period).to(tl.int64)
+        ids = _shared(rows, extra_period).to(tl.int64)
         x += _table(extra_ptr, extra_period, ids, live, rows, columns, errors, D, 0, False)
     return x
 
@@ -242,7 +249,7 @@ def embed_fwd_kernel(
     if DROPOUT == 1:
         y = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), y * scale, 0.0)
     if MASK:
-        y *= tl.load(mask_ptr + rows % mask_period, mask=live, other=0).to(tl.float32)[:, None]
+        y *= tl.load(mask_ptr + _shared(rows, mask_period), mask=live, other=0).to(tl.float32)[:, None]
     at = out_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
@@ -256,7 +263,7 @@ def _upstream(
     at = grad_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
     grad = tl.load(at, mask=live[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
     if MASK:
-        grad *= tl.load(mask_ptr + rows % mask_period, mask=live, other=0).to(tl.float32)[:, None]
+        grad *= tl.load(mask_ptr + _shared(rows, mask_period), mask=live, other=0).to(tl.float32)[:, None]
     if DROPOUT == 1:
         grad = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), grad * scale, 0.0)
     return grad
@@ -317,26 +324,29 @@ def embed_bwd_kernel(
     sources = (ids_ptr, weight_ptr, token_rows, position_ids_ptr, position_weight_ptr, position_rows, position_start,
                position_period, type_ids_ptr, type_weight_ptr, type_rows, type_period, extra_ptr, extra_period,
                factor, packed_ptr, places)  # fmt: skip
-    first = tl.program_id(1) * BLOCK_D
-    columns = first + tl.arange(0, BLOCK_D)
-    inside = columns < D
     weight_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     bias_sum = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for start in range(tl.program_id(0) * BLOCK_N, n, tl.num_programs(0) * BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         live = rows < n
+        # The shift gives 0, as rows are numbered below 2^31. Not knowing that, the compiler works addresses out again
+        # instead of keeping one for each table in registers through the loop.
+        first = (tl.program_id(1) + (start >> 31)) * BLOCK_D
+        columns = first + tl.arange(0, BLOCK_D)
+        inside = columns < D
+        # x-hat before the gradient: together they would need more registers. Beyond the last row or column x-hat is
+        # arbitrary, but grad is zero there and multiplies it everywhere.
+        if NORM:
+            x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
+                            POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
+            if NORM == 1:
+                mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
+                x -= mean[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+            x_hat = x * rstd[:, None]
         grad = _upstream(grad_ptr, seed_ptr, rows, live, first, columns, p, scale, mask_ptr, mask_period, D, BLOCK_D,
                          DROPOUT, MASK)  # fmt: skip
         if NORM:
-            if NORM == 1:
-                mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
-            rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-            x = _norm_input(rows, live, first, columns, sources, (), seed_ptr, p, scale, D, BLOCK_D, GIVEN, SCALE,
-                            POSITION, TYPE, SINUSOIDS, PACKED, EXTRA, DROPOUT, False)  # fmt: skip
-            # Beyond the last row or column x-hat is arbitrary, but grad is zero there and multiplies it everywhere.
-            if NORM == 1:
-                x -= mean[:, None]
-            x_hat = x * rstd[:, None]
             if NEED_NORM:
                 weight_sum += grad * x_hat
                 bias_sum += grad
@@ -357,12 +367,16 @@ def embed_bwd_kernel(
                 grad *= rstd[:, None]
         if NEED_ROWS:
             if DROPOUT == 2:
-                grad = tl.where(row_keep_mask(tl.load(seed_ptr), rows, first, p, BLOCK_D), grad * scale, 0.0)
+                # Read anew, so that the mask is drawn anew and not kept in registers since it was applied to x.
+                seed = tl.load(seed_ptr, volatile=True)
+                grad = tl.where(row_keep_mask(seed, rows, first, p, BLOCK_D), grad * scale, 0.0)
             if SCALE:
                 grad *= row_scale
             at = grad_rows_ptr + rows[:, None].to(tl.int64) * D + columns[None, :]
             tl.store(at, grad.to(grad_rows_ptr.dtype.element_ty), mask=live[:, None] & inside[None, :])
     if NEED_NORM:
+        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = columns < D
         at = partial_ptr + tl.program_id(0).to(tl.int64) * (2 * D) + columns
         tl.store(at, tl.sum(weight_sum, axis=0), mask=inside)
         tl.store(at + D, tl.sum(bias_sum, axis=0), mask=inside)
@@ -416,20 +430,39 @@ class Tile:
 
 
 @functools.cache
-def tile(width: int, itemsize: int, norm: bool, backward: bool) -> Tile:
+def tile(width: int, itemsize: int, norm: bool, backward: bool, heavy: bool = False, sinusoids: bool = False) -> Tile:
     """The tile of a row width.
 
     Forward: 32 bytes of a row per thread. Backward: 16, since two running sums stay in registers beside the row. At
-    most 512 threads: with more, a thread has too few registers for what the widest rows leave it to hold.
+    most 512 threads: with more, a thread has too few registers for what the widest rows leave it to hold. Backward of
+    a norm: up to 8 rows and 512 threads, since every program leaves a partial row.
+
+    Args:
+        heavy: see :meth:`Inputs.tile`. 16 bytes of a row per thread, and several rows only where they are narrow.
+        sinusoids: where a thread's columns are of narrow rows, the backward of a norm has registers for only 4.
     """
     block = max(16, triton.next_power_of_2(width))
     if block > (WIDEST if norm else CHUNK):
         return Tile(1 if norm or backward else 2, CHUNK, 4, blocks(width, CHUNK))
-    per_warp = 32 * (16 if backward else 32) // itemsize
-    fewest_warps = 2 if backward else 4
-    if block < fewest_warps * per_warp:
-        return Tile(4 * per_warp // block, block, 4, 1)
-    return Tile(1, block, min(16, block // per_warp), 1)
+    per_warp = 32 * (16 if backward or heavy else 32) // itemsize
+    if sinusoids and norm and backward and block < 2 * per_warp:
+        per_warp = 32 * 4
+    if backward and norm and not heavy:
+        warps = 4
+        while warps < 16 and warps * per_warp < 8 * block:
+            warps *= 2
+    else:
+        fewest = 2 if backward or heavy else 4
+        warps = 4 if block < fewest * per_warp else min(16, block // per_warp)
+    return Tile(max(1, warps * per_warp // block), block, warps, 1)
+
+
+def partial_rows(n: int, itemsize: int, t: Tile, multiprocessors: int) -> int:
+    """How many programs share the backward of n rows of a norm, each leaving a partial row."""
+    most = max(1, multiprocessors * WARPS_PER_SM // (t.num_warps * t.chunks))
+    # A partial row has two sums of 4 bytes for each column, written and read.
+    light = max(multiprocessors // t.chunks, 2 * n * itemsize // (16 * PARTIAL_SHARE), 1)
+    return min(most, light, blocks(blocks(n, t.block_n), TILES_PER_PROGRAM))
 
 
 class Inputs(NamedTuple):
@@ -504,6 +537,13 @@ class Inputs(NamedTuple):
         """The kernels' arguments ``mask_ptr`` and ``mask_period``."""
         return (self.weight, 1) if self.mask is None else (self.mask, self.mask.numel())
 
+    def tile(self, backward: bool) -> Tile:
+        """That of the forward or the backward kernel. Heavy is what needs more registers than BERT's sum does."""
+        sinusoids = self.sinusoids != "none"
+        heavy = sinusoids or self.dropout_first or self.extra is not None or self.packed is not None
+        weight = self.weight
+        return tile(weight.shape[1], weight.itemsize, self.norm != "none", backward, heavy, sinusoids)
+
     def known(self, what: Any, t: Tile) -> Any:
         """What was remembered with the same tile, or None."""
         found = None if self.memo is None else self.memo.get(what)
@@ -542,7 +582,7 @@ def embed_forward(
     width = inputs.weight.shape[1]
     n = out.numel() // width
     norm = inputs.norm != "none"
-    t = tile(width, inputs.weight.itemsize, norm, False)
+    t = inputs.tile(False)
     mean = torch.empty(n if inputs.norm == "layer" else 0, dtype=torch.float32, device=out.device)
     rstd = torch.empty(n if norm else 0, dtype=torch.float32, device=out.device)
     grid = (blocks(n, t.block_n), t.chunks)
@@ -588,12 +628,9 @@ def embed_backward(
     n = grad.numel() // width
     device = grad.device
     norm = inputs.norm != "none"
-    t = tile(width, inputs.weight.itemsize, norm, True)
+    t = inputs.tile(True)
     tiles = blocks(n, t.block_n)
-    programs = tiles
-    if need_norm:
-        most = max(1, _multiprocessors(device) * WARPS_PER_SM // (t.num_warps * t.chunks))
-        programs = min(most, blocks(tiles, TILES_PER_PROGRAM))
+    programs = partial_rows(n, inputs.weight.itemsize, t, _multiprocessors(device)) if need_norm else tiles
     grad_rows = inputs.weight.new_empty((n if need_rows else 0, width))
     # What a variant does not use is some memory of the same type.
     partial = projection = mean
@@ -631,96 +668,3 @@ def embed_backward(
             num_warps=4,
         )  # fmt: skip
     return grad_rows, weight_grad, bias_grad
-
-
-_POINTERS = {
-    "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32", "projection_ptr": "fp32", "ids_ptr": "i64",
-    "position_ids_ptr": "i64", "type_ids_ptr": "i64", "seed_ptr": "i64", "flag_ptr": "i32", "record_ptr": "i64",
-    "mask_ptr": "u8", "packed_ptr": "i64",
-}  # fmt: skip
-_FLOATS = ("eps", "p", "scale", "factor", "row_scale")
-# What BERT does; constexprs that are not here are on.
-_HEAVIEST = {"SINUSOIDS": 0, "PACKED": False, "GIVEN": False, "SCALE": False, "EXTRA": False, "NORM": 1, "DROPOUT": 1,
-             "MASK": False}  # fmt: skip
-
-
-def compile_specs() -> list[CompileSpec]:
-    """Every tile with all tables, ids from memory, norm and dropout; at BERT's width also what models launch."""
-    specs = []
-
-    def add(
-        kernel: Any, dtype: str, num_warps: int, label: str = "", pointers: dict[str, str] | None = None,
-        **constexprs: Any,
-    ) -> None:  # fmt: skip
-        types = {**_POINTERS, **(pointers or {})}
-        signature = {}
-        for name in kernel.arg_names:
-            if name.endswith("_ptr"):
-                signature[name] = "*" + types.get(name, dtype)
-            elif name not in _constexprs(kernel):
-                signature[name] = "fp32" if name in _FLOATS else "i32"
-        flags = {name: {**_HEAVIEST, **constexprs}.get(name, True) for name in _constexprs(kernel)}
-        specs.append(
-            CompileSpec(
-                f"{kernel.__name__}[d{constexprs['D']},{label}{dtype}]", kernel, signature, flags, num_warps, 1,
-                frozenset(name for name in signature if name.endswith("_ptr")),
-            )
-        )  # fmt: skip
-
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        for width in (64, 384, 768, 1024, 2048, 4096, 8192, 16384):
-            for backward in (False, True):
-                t = tile(width, itemsize, True, backward)
-                common = {
-                    "D": width, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": 2, "TYPE": 2,
-                    "WIDE": t.chunks > 1,
-                }  # fmt: skip
-                add(embed_bwd_kernel if backward else embed_fwd_kernel, dtype, t.num_warps, **common)
-                if t.chunks > 1:
-                    add(embed_projection_kernel if backward else embed_stats_kernel, dtype, t.num_warps, **common)
-        t = tile(4096, itemsize, False, False)
-        tokens = {"D": 4096, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "WIDE": True}
-        add(embed_fwd_kernel, dtype, t.num_warps, "tokens,", **tokens, POSITION=0, TYPE=0, NORM=0, DROPOUT=0)
-        add(embed_bwd_reduce_kernel, dtype, 4, D=768, BLOCK_P=REDUCE_ROWS, BLOCK_D=REDUCE_COLUMNS)
-
-    # Under autocast tables are bf16 and the norm fp32, as are the output and its gradient.
-    fp32 = dict.fromkeys(("out_ptr", "grad_ptr", "norm_weight_ptr", "norm_bias_ptr"), "fp32")
-    int32 = dict.fromkeys(("ids_ptr", "position_ids_ptr", "type_ids_ptr"), "i32")
-    everything = {"SCALE": True, "EXTRA": True, "DROPOUT": 2, "MASK": True}
-    given = {**everything, "GIVEN": True, "NORM": 2, "BIAS": False}
-    gpt2 = {"NORM": 0, "WEIGHT": False, "BIAS": False, "NEED_NORM": False}
-    for label, pointers, position, kind, flags in (
-        ("bert,", None, 1, 1, {}),
-        ("autocast,", fp32, 1, 2, {}),
-        ("int32,", int32, 2, 2, {}),
-        ("gpt2,", None, 1, 0, gpt2),
-        ("everything,", None, 2, 2, everything),
-        ("packed,", None, 1, 2, {"PACKED": True}),
-        ("rows given,", None, 1, 1, given),
-        ("sinusoids,", {"position_weight_ptr": "fp32"}, 1, 0, {"SINUSOIDS": 1, "SCALE": True}),
-        ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),
-    ):
-        for kernel in (embed_fwd_kernel, embed_bwd_kernel):
-            t = tile(768, 2, flags.get("NORM", 1) != 0, kernel is embed_bwd_kernel)
-            common = {
-                "D": 768, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind,
-                "WIDE": t.chunks > 1,
-            }  # fmt: skip
-            add(kernel, "bf16", t.num_warps, label, pointers, **common, **flags)
-
-    # The same of rows wider than a tile.
-    kernels = (embed_stats_kernel, embed_fwd_kernel, embed_projection_kernel, embed_bwd_kernel)
-    for label, pointers, position, kind, flags in (
-        ("everything,", {"mask_ptr": "fp32"}, 2, 2, everything),
-        ("rows given,", None, 1, 1, {**given, "PACKED": True, "MASK": False}),
-        ("rounded sinusoids,", {"position_weight_ptr": "fp32"}, 2, 0, {"SINUSOIDS": 2, "SCALE": True}),
-    ):
-        for kernel in kernels:
-            t = tile(16384, 2, True, kernel in kernels[2:])
-            common = {"D": 16384, "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "POSITION": position, "TYPE": kind}
-            add(kernel, "bf16", t.num_warps, label, pointers, **common, **flags)
-    return specs
-
-
-def _constexprs(kernel: Any) -> list[str]:
-    return [parameter.name for parameter in kernel.params if parameter.is_constexpr]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from embedkernels.reference.sinusoids import frequencies
 
-# Rows of the constants: three parts of the frequency in turns (of fairseq the angle per position in their place),
-# the phase in turns, and 1.
-_ROWS = 5
+# Rows of the constants: the frequency in turns (of fairseq the angle per position), negative where the column is a
+# cosine; what rounding took off it; and 1.
+_ROWS = 3
 # 1 / (2·pi) in parts of 11 bits and the rest.
 _TURN_1 = tl.constexpr(0.1590576171875)
 _TURN_2 = tl.constexpr(9.72747802734375e-05)
@@ -33,20 +33,24 @@ def _fraction(turns):
 
 
 @triton.jit
-def _sine_of_turns(a, b, c):
-    """sin(2·pi·(a + b + c)) for parts of which a + b may not be rounded; each is below 1, c small."""
-    quarter = tl.floor(4.0 * (a + b + c) + 0.5)
-    a -= 0.25 * quarter
+def _upper_half(x):
+    """``x`` cut to its first 12 significant bits; what is cut off has 12 too."""
+    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sine_of_turns(phase, a, b, c):
+    """sin(2·pi·(phase + a + b + c)) for parts whose sum may not be rounded: 0 or 1/4, below 1, below 1, small."""
+    half = tl.floor(2.0 * (a + b + c) + (2.0 * phase + 0.5))
+    a += phase - 0.5 * half
     total = a + b
     of_b = total - a
     lost = (a - (total - of_b)) + (b - of_b)
     x = (total + (lost + c)) * 6.283185307179586
     x2 = x * x
-    sine = x + x * x2 * (-1.6666666e-1 + x2 * (8.3333333e-3 + x2 * (-1.9841270e-4 + x2 * 2.7557319e-6)))
-    cosine = 1.0 + x2 * (-0.5 + x2 * (4.1666668e-2 + x2 * (-1.3888889e-3 + x2 * (2.4801587e-5 - x2 * 2.7557319e-7))))
-    turn = quarter.to(tl.int32) & 3
-    value = tl.where((turn & 1) == 1, cosine, sine)
-    return tl.where((turn & 2) == 2, -value, value)
+    terms = 8.3333487e-3 + x2 * (-1.9842772e-4 + x2 * (2.7609619e-6 - x2 * 2.5201581e-8))
+    value = x + x * x2 * (-1.6666667e-1 + x2 * terms)
+    return tl.where((half.to(tl.int32) & 1) == 1, -value, value)
 
 
 @triton.jit
@@ -57,36 +61,32 @@ def sinusoid_rows(constants_ptr, positions, columns, D: tl.constexpr, ROUNDED: t
     """
     inside = (columns < D)[None, :]
     at = constants_ptr + tl.zeros((positions.shape[0], 1), dtype=tl.int32) + columns[None, :]
-    first = tl.load(at, mask=inside, other=0.0)
-    phase = tl.load(at + 3 * D, mask=inside, other=0.0)
+    signed = tl.load(at, mask=inside, other=0.0)
+    phase = tl.where(signed < 0.0, 0.25, 0.0)
+    frequency = tl.abs(signed)
     if ROUNDED:
-        angle = positions.to(tl.float32)[:, None] * first
-        high = (angle.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        angle = positions.to(tl.float32)[:, None] * frequency
+        high = _upper_half(angle)
         # An explicit fma with a 1 from memory: a subtraction would be contracted with the product, and not rounded.
-        low = tl.fma(angle, tl.load(at + 4 * D, mask=inside, other=1.0), -high)
+        low = tl.fma(angle, tl.load(constants_ptr + 2 * D), -high)
         rest = high * _TURN_3 + (low * (_TURN_2 + _TURN_3) + _fraction(low * _TURN_1))
-        return _sine_of_turns(_fraction(high * _TURN_1) + phase, _fraction(high * _TURN_2), rest)
+        return _sine_of_turns(phase, _fraction(high * _TURN_1), _fraction(high * _TURN_2), rest)
     else:
-        second = tl.load(at + D, mask=inside, other=0.0)
-        third = tl.load(at + 2 * D, mask=inside, other=0.0)
+        first = _upper_half(frequency)
+        second = frequency - first
         low = (positions & 4095).to(tl.float32)[:, None]
-        high = (positions - (positions & 4095)).to(tl.float32)[:, None]
+        high = (positions & -4096).to(tl.float32)[:, None]
         return _sine_of_turns(
-            _fraction(_fraction(high * first) + low * first) + phase,
-            _fraction(_fraction(high * second) + low * second),
-            (high + low) * third,
+            phase,
+            _fraction(high * first) + _fraction(low * first),
+            _fraction(high * second) + low * second,
+            (high + low) * tl.load(at + D, mask=inside, other=0.0),
         )
-
-
-def _short(x: Tensor, bits: int) -> Tensor:
-    """``x`` (float64), cut to ``bits`` significant bits."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.trunc(mantissa * 2**bits) / 2**bits, exponent)
 
 
 @functools.cache
 def constants(width: int, layout: str, device: torch.device) -> Tensor:
-    """What :func:`sinusoid_rows` reads, (5, D) float32 on ``device``; made once.
+    """What :func:`sinusoid_rows` reads, (3, D) float32 on ``device``; made once.
 
     Raises:
         RuntimeError: it would be made while a CUDA graph is captured.
@@ -97,14 +97,10 @@ def constants(width: int, layout: str, device: torch.device) -> Tensor:
             "CUDA graph, but their frequencies must be copied there first: run the op once before the capture"
         )
     steps, phase = frequencies(width, layout)
+    turns = steps if layout == "fairseq" else steps / (2 * math.pi)
     rows = torch.zeros(_ROWS, width, dtype=torch.float64, device="cpu")
-    if layout == "fairseq":
-        rows[0] = steps
-    else:
-        turns = steps / (2 * math.pi)
-        rows[0] = _short(turns, 12)
-        rows[1] = _short(turns - rows[0], 12)
-        rows[2] = turns - rows[0] - rows[1]
-    rows[3] = phase * 0.25
-    rows[4] = 1.0
+    rows[0] = turns.float()
+    rows[1] = turns - rows[0]
+    rows[0] *= 1 - 2 * phase
+    rows[2] = 1.0
     return rows.float().to(device)

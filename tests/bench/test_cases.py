@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import cases, table_grad
+from bench import cases, front_end, table_grad
 
 
 def ids_of(distribution: str, count: int = 50_000, rows: int = 1000) -> torch.Tensor:
@@ -64,8 +64,8 @@ def test_a_fill_that_cannot_be_reached_is_refused() -> None:
         cases.make_lengths(4, 8, 0.3)
 
 
-@pytest.mark.parametrize("suite", [cases.EMBED, table_grad.CASES, cases.ATTENTION, cases.ROPE, cases.STEP])
-def test_names_are_unique_and_tiny_cases_keep_what_distinguishes_them(suite: tuple[cases.EmbedCase, ...]) -> None:
+@pytest.mark.parametrize("suite", [front_end.CASES, table_grad.CASES, cases.ATTENTION, cases.ROPE, cases.STEP])
+def test_names_are_unique_and_tiny_cases_keep_what_distinguishes_them(suite: tuple[front_end.EmbedCase, ...]) -> None:
     assert len({case.name for case in suite}) == len(suite)
     for case in suite:
         tiny = case.tiny()
