@@ -1,4 +1,4 @@
-# make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,rope,step]
+# make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,rope,host,step]
 #   One GPU session in under nine minutes, with $(PYTHON) as it is where that has torch: no network, nothing installed.
 #   Elsewhere in the environment of `make test`.
 # make bench: the benchmarks alone, into runs/bench.

@@ -1,6 +1,6 @@
 """One GPU session in under nine minutes: build, sanitise, benchmark, test; one JSON and one Markdown file.
 
-    make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,rope,step]
+    make gpu-report OUT=dir [PARTS=build,tests,sanitizer,embed,embedding_grad,attention,rope,host,step]
 
 Needs no network and no installation. Every part is a process with a time limit; one that fails or is stopped does not
 keep the others from running. Both files are written again after every part, so that what is there is never lost.

@@ -147,9 +147,17 @@ def _resources(data: dict[str, Any]) -> list[str]:
     ]
 
 
+def _host(data: dict[str, Any]) -> list[str]:
+    lines = [f"On {data['where']}.", "", "| call | eager, us | ours, us | ours / eager |", "|---|---|---|---|"]
+    for case, found in data["results"].items():
+        for name, one in found.items():
+            lines.append(f"| {case}, {name} | {one['eager']:.1f} | {one['ours']:.1f} | {one['ratio']:.2f} |")
+    return lines
+
+
 def _part(part: dict[str, Any]) -> list[str]:
     data = part["data"]
-    known = {"build": _build, "resources": _resources, "tests": _tests, "sanitizer": _sanitizer}
+    known = {"build": _build, "resources": _resources, "tests": _tests, "sanitizer": _sanitizer, "host": _host}
     lines: list[str] = []
     if data is not None:
         lines += [f"- **{problem}**" for problem in data.get("problems", [])]

@@ -91,6 +91,10 @@ def _sanitizer(machine: Machine, seconds: float, out: Path) -> list[str]:  # noq
     return _module("sanitize", out, "--seconds", f"{seconds - MARGIN:.0f}")
 
 
+def _host(machine: Machine, seconds: float, out: Path) -> list[str]:  # noqa: ARG001
+    return [sys.executable, "-m", "bench.host_time", "--json", str(out)]
+
+
 def _suite(name: str) -> Callable[[Machine, float, Path], list[str]]:
     def command(machine: Machine, seconds: float, out: Path) -> list[str]:
         where = ["--device", "cuda"] if machine.gpu else ["--device", "cpu", "--tiny"]
@@ -117,10 +121,11 @@ PARTS: tuple[Part, ...] = (
     Part("embedding_grad", 45, _suite("embedding_grad")),
     Part("attention", 50, _suite("attention")),
     Part("rope", 18, _suite("rope")),
+    Part("host", 15, _host, needs_triton=True),
     Part("step", 75, _suite("step")),
     Part("resources", 0, _resources, without_gpu_only=True, needs_triton=True),
     # Last: it takes whatever the others have left, and its record is useful however far it got.
-    Part("tests", 128, _tests, needs_gpu=True),
+    Part("tests", 113, _tests, needs_gpu=True),
 )
 assert sum(part.seconds for part in PARTS) <= LIMIT - OVERHEAD
 

@@ -220,6 +220,7 @@ def test_parts_are_chosen_by_name_and_machine() -> None:
         "embedding_grad",
         "attention",
         "rope",
+        "host",
         "step",
     }
 
