@@ -14,7 +14,7 @@ import importlib
 
 import pytest
 
-from tests.interpreter import round_to_nearest
+from tests.interpreter import round_as_a_gpu_does
 
 # Tests that name ops of torch.ops may be the first of their process.
 for name in ("attention", "embed", "embedding", "positions", "rope"):
@@ -24,7 +24,7 @@ for name in ("attention", "embed", "embedding", "positions", "rope"):
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         with contextlib.suppress(ImportError):  # no Triton, nothing to interpret
-            round_to_nearest()
+            round_as_a_gpu_does()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
 

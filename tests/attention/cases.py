@@ -130,6 +130,32 @@ def run_reference(call: Call, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor
     return out, *torch.autograd.grad(out, leaves, call.grad.to(dtype))
 
 
+def flash_in_plain_pytorch(call: Call, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, ...]:
+    """The same with the backward of flash kernels: delta is the sum of out · grad, not of the products' own parts.
+
+    The two are equal but for rounding. Where a query sees one key, dP - delta is exactly 0, which plain operations
+    find as they subtract a number from itself, and a kernel that never holds a whole row of dP does not.
+    """
+    out, _, _, dv = run_reference(call, dtype, seed)
+    query, key, value = (x.detach().to(dtype) for x in call.leaves)
+    groups = query.shape[1] // key.shape[1]
+    scale = call.options.get("scale") or query.shape[-1] ** -0.5
+    unmasked = {name: x for name, x in call.options.items() if name != "dropout_p"}
+    size = key.shape[2]
+    # The probabilities, and what dropout leaves of them, are the outputs for values that name the keys.
+    named = torch.eye(size, dtype=dtype, device=key.device).expand(*key.shape[:2], size, size)
+    probabilities = reference.attention(query, key, named, **{**unmasked, "scale": scale})
+    drawn = drawn_seed(query.device, seed)
+    keep = reference.attention_keep_mask(drawn, *query.shape[:3], size, call.options["dropout_p"], query.device)
+    grad = call.grad.to(dtype)
+    products = grad @ value.repeat_interleave(groups, 1).transpose(2, 3)
+    products = torch.where(keep, products * reference.keep_scale(call.options["dropout_p"]), 0.0)
+    scores = probabilities * (products - (out.detach() * grad).sum(-1, keepdim=True))
+    dq = scores @ key.repeat_interleave(groups, 1) * scale
+    dk = (scores.transpose(2, 3) @ query * scale).unflatten(1, (-1, groups)).sum(2)
+    return out, dq, dk, dv
+
+
 def expected(call: Call, seed: int = 1) -> tuple[Tensor, ...]:
     """out, dq, dk, dv in float64."""
     return run_reference(call, torch.float64, seed)
@@ -138,14 +164,15 @@ def expected(call: Call, seed: int = 1) -> tuple[Tensor, ...]:
 def theirs(call: Call, fused: bool = False) -> tuple[Tensor, ...]:
     """out, dq, dk, dv of PyTorch in the call's dtype: SDPA's plain implementation with a dense mask.
 
-    SDPA cannot drop what we drop: with dropout, the reference's plain operations in the same dtype stand in.
+    SDPA cannot drop what we drop: with dropout, plain operations in the same dtype stand in.
 
     Args:
-        fused: SDPA as it chooses for itself: a flash kernel on a CPU and on a GPU alike.
+        fused: SDPA as it chooses for itself: a flash kernel on a CPU and on a GPU alike; with dropout, what such a
+            kernel does.
     """
     options = dict(call.options)
     if options.pop("dropout_p", 0.0):
-        return run_reference(call, call.query.dtype)
+        return (flash_in_plain_pytorch if fused else run_reference)(call, call.query.dtype)
     leaves = [x.detach().requires_grad_() for x in call.leaves]
     scale = options.pop("scale", None)
     visible = reference.visible_keys(call.query.shape[2], call.key.shape[2], call.query.device, **options)

@@ -55,7 +55,8 @@ def build(row: dict[str, Any], head_size: int, device: torch.device) -> cases.Ca
 
 @pytest.mark.parametrize(("row", "head_size"), CASES)
 def test_every_two_features_together(row: dict[str, Any], head_size: int, device: torch.device) -> None:
-    check(build(row, head_size, device))
+    """Some queries see one key: in fp32 flash kernels are the yardstick, see ``cases.flash_in_plain_pytorch``."""
+    check(build(row, head_size, device), fused=row["dtype"] == FP32)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, -0.3])
