@@ -2,7 +2,7 @@
 
 A variant is one combination of what a launch fixes at compile time. :func:`listed` has each tile with every feature
 on, lighter variants that once spilled registers, and some shapes that Triton specialises on its own; :func:`every`
-combines the features for a sweep of most of an hour, which has been run in part (see ``attention_tiles``).
+combines the features for a sweep of most of an hour, whose results ``attention_tiles`` names.
 """
 
 from __future__ import annotations
