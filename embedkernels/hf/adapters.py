@@ -43,6 +43,7 @@ class Adapter:
         types_by_place: token types that are not given come from a buffer by place in the sequence, not by position.
         position_first: positions are added before types.
         dropout_first: dropout comes before the norm.
+        extra: which rows of other tables are added last, a key of ``embedkernels.hf.extras.EXTRAS``.
         mask: the argument that rows are multiplied by.
         optional: attributes that may be None.
         off: attributes that must be None, False or 0 for the fused forward, which does not do what they ask for.
@@ -68,6 +69,7 @@ class Adapter:
     types_by_place: bool = False
     position_first: bool = False
     dropout_first: bool = False
+    extra: str | None = None
     mask: str | None = None
     optional: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
@@ -89,6 +91,8 @@ class Adapter:
         summands = [word for word, part in (("position", self.positions), ("type", self.types)) if part]
         if not self.position_first:
             summands.reverse()
+        if self.extra:
+            summands.append(self.extra)
         steps = [" + ".join(["scale * token" if self.scale or self.scaled_table else "token", *summands])]
         after = [word for word, part in (("norm", self.norm), ("mask", self.mask), ("dropout", self.dropout)) if part]
         return " -> ".join(steps + (after[::-1] if self.dropout_first else after))
@@ -135,7 +139,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     _stem("splinter.SplinterEmbeddings", "51f82beb6794"),
     _stem("rembert.RemBertEmbeddings", "4b24ac1ef3de"),
     _stem("flava.FlavaTextEmbeddings", "149f8d4f8179", types_by_place=True),
-    _stem("ernie.ErnieEmbeddings", "e56dae0cbbf0", off=("use_task_id",), unused=("task_type_ids",)),
+    _stem("ernie.ErnieEmbeddings", "e56dae0cbbf0", extra="task type"),
     _stem("visual_bert.VisualBertEmbeddings", "d0d806cad339"),
     _stem("convbert.ConvBertEmbeddings", "8ef58cfb2622", types_by_place=True, position_first=True),
     _stem("squeezebert.SqueezeBertEmbeddings", "ccb7bb42d629", position_first=True),
@@ -163,6 +167,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     _stem("longformer.LongformerEmbeddings", "9e98cacff697", position_rule="padding", position_first=True),
     _stem("luke.LukeEmbeddings", "3eea9cb4ad01", position_rule="padding", position_first=True),
     _stem("lilt.LiltTextEmbeddings", "8f591de76fac", position_rule="padding", returns_positions=True),
+    _stem("layoutlmv3.LayoutLMv3TextEmbeddings", "77ab54b72f52", position_rule="padding", extra="boxes"),
+    _stem("markuplm.MarkupLMEmbeddings", "d05e8317fa7d", position_rule="padding", position_first=True, extra="xpath"),
     _stem("mpnet.MPNetEmbeddings", "8275c227ccb5", position_rule="padding", types=None),
     # Token + position -> norm -> dropout.
     _stem("distilbert.Embeddings", "41885a96b16d", types=None),

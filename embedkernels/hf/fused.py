@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from embedkernels.hf import guards, positions, rotary, state
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
 from embedkernels.hf.bodies import RENAMED, in_deprecations
+from embedkernels.hf.extras import EXTRAS
 from embedkernels.hf.state import is_marked
 from embedkernels.nn.embedding import FusedEmbedding
 from embedkernels.ops.embed import embed
@@ -213,6 +214,16 @@ def _misfit(call: dict[str, Any], adapter: Adapter, understood: frozenset[Any]) 
     return None
 
 
+def _misfit_of_extra(rows: Tensor, ids: Tensor, weight: Tensor) -> str | None:
+    """Why rows of other tables cannot be added in one op, which keeps the dtype of the tokens' table."""
+    if rows.dtype != weight.dtype:
+        return f"rows of other tables are of {rows.dtype}, the tokens' of {weight.dtype}"
+    fits = rows.dim() == 3 and rows.shape[2] == weight.shape[1]
+    if not fits or any(n not in (1, size) for n, size in zip(rows.shape, ids.shape, strict=False)):
+        return f"rows of other tables have the shape {tuple(rows.shape)}"
+    return None
+
+
 _STEM_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids", "inputs_embeds"})
 
 
@@ -228,7 +239,9 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     parameters = inspect.signature(stock_forward).parameters
     accepted = frozenset(parameters)
     past_name = _as_it_is_called("past_key_values_length", accepted)
-    understood = frozenset((_STEM_ARGUMENTS | {past_name, adapter.mask, *adapter.unused}) & accepted)
+    extra = None if adapter.extra is None else EXTRAS[adapter.extra]
+    more = () if extra is None else extra.arguments
+    understood = frozenset((_STEM_ARGUMENTS | {past_name, adapter.mask, *adapter.unused, *more}) & accepted)
     any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     from_padding = _ids_from_padding(stock_forward)
 
@@ -258,7 +271,20 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         elif position_ids is None:
             position_ids, start = positions.counted(past, input_ids, state.first_position(self))
         mask = None if adapter.mask is None else call.get(adapter.mask)
-        output = _embed(self, adapter, input_ids, position_ids, start, call.get("token_type_ids"), mask)
+        rows = None
+        if extra is not None:
+            if any(call.get(name) is None for name in extra.required):
+                return stock_forward(self, *args, **kwargs)  # which raises
+            rows = extra.rows(self, call, input_ids)
+            if rows is not None:
+                weight = self._modules[adapter.tokens].weight
+                if torch.promote_types(rows.dtype, weight.dtype) == weight.dtype:  # as under autocast
+                    rows = rows.to(weight.dtype)
+                reason = _misfit_of_extra(rows, input_ids, weight)
+                if reason is not None:
+                    guards.warn_once(self, stock_class(self).__name__, reason)
+                    return stock_forward(self, *args, **kwargs)
+        output = _embed(self, adapter, input_ids, position_ids, start, call.get("token_type_ids"), mask, extra=rows)
         return (output, position_ids) if adapter.returns_positions else output
 
     return forward
@@ -311,6 +337,7 @@ def _embed(
     type_ids: Tensor | None,
     mask: Tensor | None = None,
     scale: float = 1.0,
+    extra: Tensor | None = None,
 ) -> Tensor:
     parts: dict[str | None, Any] = module._modules
     tokens = parts[adapter.tokens]
@@ -330,6 +357,7 @@ def _embed(
         position_start=start,
         type_weight=None if types is None else types.weight,
         type_ids=None if types is None else type_ids,
+        extra=extra,
         position_first=adapter.position_first,
         norm=None if norm is None else "layer",
         norm_weight=None if norm is None else norm.weight,

@@ -57,11 +57,19 @@ parts = {
 @pytest.mark.parametrize("kind", NORM_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @examples(30)
-@given(data=st.data(), shape=shapes, seed=seeds, id_dtype=st.sampled_from([torch.int32, torch.int64]), **parts)
+@given(
+    data=st.data(),
+    shape=shapes.filter(lambda shape: math.prod(shape) >= 8),
+    seed=seeds,
+    id_dtype=st.sampled_from([torch.int32, torch.int64]),
+    **parts,
+)
 def test_any_call_meets_the_contract(
     kind: str, dtype: torch.dtype, data: st.DataObject, shape: tuple[int, ...], seed: int, **options: Any
 ) -> None:
-    """Output and every gradient; four calls with the same options are judged together."""
+    """Output and every gradient; four calls with the same options, of 8 rows or more, are judged together: whether
+    one error is twice another is chance where they are few.
+    """
     norm = data.draw(st.sampled_from(NORM_KINDS[kind]), label="norm")
     # Of narrower rows a norm leaves next to nothing of a gradient but the rounding of its terms.
     width = data.draw(st.integers(8 if kind != "none" else 4, 70), label="width")

@@ -43,6 +43,14 @@ CONFIG = {
     "special_visual_initialize": False,
     "position_embedding_type": "absolute",
     "visual_embedding_dim": WIDTH,
+    "coordinate_size": 5,
+    "shape_size": 6,
+    "max_depth": 4,
+    "max_xpath_tag_unit_embeddings": 20,
+    "max_xpath_subs_unit_embeddings": 21,
+    "tag_pad_id": 16,
+    "subs_pad_id": 17,
+    "xpath_unit_hidden_size": 8,
     "max_position_embeddings_2d": POSITIONS,
 } | dict.fromkeys(
     ("hidden_size", "embedding_size", "input_embedding_size", "dim", "d_model", "text_hidden_size"), WIDTH
@@ -84,7 +92,7 @@ def _pair(
 def _ids(batch: int = 3, length: int = 7) -> Tensor:
     ids = torch.randint(4, VOCAB, (batch, length))
     ids[:, :2] = 5  # met often: its gradient is a long sum
-    ids[1, -2:] = PADDING
+    ids[batch // 2, -2:] = PADDING
     return ids
 
 
@@ -121,6 +129,15 @@ def _calls(module: nn.Module) -> dict[str, dict[str, object]]:
         calls["4-D mask"] = {"input_ids": ids, "mask": (ids != PADDING)[:, None, None]}
     if "inputs_embeds" in takes:
         calls["embeddings"] = {"input_ids": None, "inputs_embeds": torch.randn(*ids.shape, WIDTH)}
+    if "task_type_ids" in takes:
+        calls["tasks"] = {"input_ids": ids, "task_type_ids": types.flip(0)}
+    if "xpath_tags_seq" in takes:
+        tags, subs = (torch.randint(0, 20, (*ids.shape, 4)) for _ in range(2))
+        calls["xpath"] = {"input_ids": ids, "xpath_tags_seq": tags, "xpath_subs_seq": subs}
+        calls["tags of one row"] = {"input_ids": ids, "xpath_tags_seq": tags[:1], "xpath_subs_seq": subs[:1]}
+    if "bbox" in takes:  # (x, y) of the upper left corner, and of the lower right
+        corners = torch.randint(0, POSITIONS, (*ids.shape, 2, 2)).sort(2).values.flatten(2)
+        calls = {what: {**call, "bbox": corners} for what, call in calls.items()}
     if type(module).__name__ == "LukeEmbeddings":  # looks for a buffer that it has not if types are not given
         calls = {what: call for what, call in calls.items() if "token_type_ids" in call}
     return calls
@@ -150,6 +167,49 @@ def test_every_kind_of_call_equals_stock(name, dtype):
             assert ours.keys() == theirs.keys() == exact.keys()
             for key in ours:
                 assert_within_contract(ours[key], theirs[key], exact[key], f"{what}, {key}")
+
+
+@DTYPES
+def test_ernie_s_tasks(dtype):
+    stock, patched = _pair(_one("ernie.ErnieEmbeddings"), dtype=dtype, use_task_id=True)
+    for call in _calls(stock).values():
+        if "inputs_embeds" in call:
+            continue
+        expected, theirs = _run(stock, **call)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output, ours = _run(patched, **call)
+        assert torch.equal(output, expected)
+        _, exact = _run(copy.deepcopy(stock).double(), **call)
+        assert ours.keys() == theirs.keys() == exact.keys()
+        assert "task_type_embeddings.weight" in ours
+        for key in ours:
+            assert_within_contract(ours[key], theirs[key], exact[key], key)
+
+
+def test_boxes_that_are_missing_or_out_of_range_are_refused_by_layoutlmv3():
+    stock, patched = _pair(_one("layoutlmv3.LayoutLMv3TextEmbeddings"))
+    for module in (stock, patched):
+        with pytest.raises(TypeError):
+            module(_ids())
+        with pytest.raises(IndexError, match="coordinate values should be within 0-1000 range"):
+            module(_ids(), bbox=torch.full((3, 7, 4), POSITIONS))
+
+
+def test_rows_of_other_tables_that_do_not_fit_run_stock():
+    """Under autocast a linear layer's output is promoted; of boxes for another batch stock makes what it can."""
+    stock, patched = _pair(_one("markuplm.MarkupLMEmbeddings"))
+    call = _calls(stock)["xpath"]
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, output = _run(stock, **call)[0], _run(patched, **call)[0]
+    assert output.dtype == expected.dtype == torch.float32
+    assert torch.equal(output, expected)
+    stock, patched = _pair(_one("layoutlmv3.LayoutLMv3TextEmbeddings"))
+    call = {"input_ids": _ids(1), "bbox": torch.zeros(3, 7, 4, dtype=torch.long)}
+    with pytest.warns(UserWarning, match=r"rows of other tables have the shape \(3, 7, 32\)"):
+        output = patched(**call)
+    assert torch.equal(output, stock(**call))
 
 
 @EVERY
@@ -222,7 +282,6 @@ def _one(name: str) -> type[nn.Module]:
 @pytest.mark.parametrize(
     ("name", "config", "reason"),
     [
-        ("ernie.ErnieEmbeddings", {"use_task_id": True}, "use_task_id is set"),
         ("big_bird.BigBirdEmbeddings", {"rescale_embeddings": True}, "rescale_embeddings is set"),
         ("deberta_v2.DebertaV2Embeddings", {"embedding_size": 16}, "embed_proj is set"),
     ],
