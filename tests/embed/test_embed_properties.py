@@ -67,12 +67,11 @@ parts = {
 def test_any_call_meets_the_contract(
     kind: str, dtype: torch.dtype, data: st.DataObject, shape: tuple[int, ...], seed: int, **options: Any
 ) -> None:
-    """Output and every gradient; four calls with the same options, of 8 rows or more, are judged together: whether
-    one error is twice another is chance where they are few.
+    """Output and every gradient. Four calls with the same options, of 8 rows or more, are judged together: among few
+    elements it is chance whether one error is twice another. (Narrow rows and few are in ``test_embed_numerics``.)
     """
     norm = data.draw(st.sampled_from(NORM_KINDS[kind]), label="norm")
-    # Of narrower rows a norm leaves next to nothing of a gradient but the rounding of its terms.
-    width = data.draw(st.integers(8 if kind != "none" else 4, 70), label="width")
+    width = data.draw(st.integers(24, 70), label="width")
     torch.manual_seed(seed)
     assert_contract(*(make(shape, width, dtype=dtype, norm=norm, device=DEVICE, **options) for _ in range(4)))
 
@@ -108,7 +107,10 @@ def restrided(x: Tensor, strides: str) -> Tensor:
 def test_strides_change_no_bit(
     dtype: torch.dtype, data: st.DataObject, shape: tuple[int, ...], width: int, seed: int, **options: Any
 ) -> None:
+    """But for positions that are expanded: their gradient is added up over the batch first."""
     torch.manual_seed(seed)
+    if options["positions"] == "expanded":
+        options["positions"] = "one row"
     options["packed"] = "none" if options["mask"] != "none" else options["packed"]
     case = make(shape, width, dtype=dtype, device=DEVICE, **options)
 
