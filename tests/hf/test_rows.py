@@ -58,7 +58,11 @@ CONFIG = {
 DROPOUTS = ("hidden_dropout_prob", "hidden_dropout", "dropout", "embedding_dropout", "embedding_dropout_prob")
 
 FOUND = front_ends(models_folder())
-STEMS = sorted({(one.model, one.cls) for one in FOUND if one.adapter is not None and one.adapter.recipe == "stem"})
+STEM_ROWS = sorted(
+    {(one.model, one.cls, one.adapter) for one in FOUND if one.adapter is not None and one.adapter.recipe == "stem"},
+    key=lambda row: row[:2],
+)
+STEMS = list(dict.fromkeys(row[:2] for row in STEM_ROWS))
 EVERY = pytest.mark.parametrize("name", [f"{model}.{cls}" for model, cls in STEMS])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -253,6 +257,33 @@ def test_the_kernels_are_close(name, device):
         assert ours.keys() == theirs.keys()
         for key in theirs:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-4, msg=lambda t, k=key: f"{k}: {t}")
+
+
+ROWS = {adapter.example: f"{model}.{cls}" for model, cls, adapter in STEM_ROWS}
+
+
+@pytest.mark.parametrize("name", ROWS.values(), ids=ROWS)
+@DTYPES
+def test_the_kernels_take_every_kind_of_call(name, dtype, device):
+    """Of a class of every row. Errors of all calls are judged together: among few elements they are chance."""
+    stock, patched = (module.to(device) for module in _pair(_one(name), dtype=dtype))
+    exact_module = copy.deepcopy(stock).double()
+    triples: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for call in _calls(stock).values():
+        if call.get("inputs_embeds") is not None:
+            continue  # runs stock
+        call = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in call.items()}
+        theirs, exact = _run(stock, **call), _run(exact_module, **call)
+        with ek.use_backend("triton"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "embedkernels: .* runs its stock forward: mask is not", UserWarning)
+            ours = _run(patched, **call)
+        assert ours[1].keys() == theirs[1].keys() == exact[1].keys()
+        for key in ("output", *ours[1]):
+            triples.setdefault(key, []).append(
+                tuple(result[0] if key == "output" else result[1][key] for result in (ours, theirs, exact))
+            )
+    for key, several in triples.items():
+        assert_within_contract(*(torch.cat([x.flatten() for x in each]) for each in zip(*several, strict=True)), key)
 
 
 @pytest.mark.parametrize(
