@@ -196,30 +196,48 @@ def _no_input(call: dict[str, Any]) -> bool:
 
 
 def _misfit(call: dict[str, Any], adapter: Adapter, understood: frozenset[Any]) -> str | None:
-    """Why the ids of this call cannot be looked up in one op, which wants (B, S) and what broadcasts to it."""
+    """Why the ids of this call cannot be looked up in one op, which wants (B, S) and what broadcasts to it.
+
+    Or, of a module of its own, why its rows, (B, S, D), cannot be taken instead.
+    """
+    input_ids: Any = call.get("input_ids")
+    rows: Any = call.get("inputs_embeds")
     for name, given in call.items():
-        if given is not None and (name == "inputs_embeds" or name not in understood):
+        if given is not None and name not in understood:
             return f"{name} is given"
-    input_ids = call["input_ids"]
-    if input_ids.dim() != 2:
-        return f"input_ids has {input_ids.dim()} dimensions, not 2"
-    batch, length = input_ids.shape
+    if rows is not None and (input_ids is not None or adapter.recipe != "stem"):
+        return "inputs_embeds is given"
+    name, tokens, wanted = ("input_ids", input_ids, 2) if rows is None else ("inputs_embeds", rows, 3)
+    if tokens.dim() != wanted:
+        return f"{name} has {tokens.dim()} dimensions, not {wanted}"
+    batch, length = tokens.shape[:2]
     for name in ("position_ids", "token_type_ids"):
         ids = None if name in adapter.unused else call.get(name)
         if ids is not None and not (ids.dim() == 2 and ids.shape[1] == length and ids.shape[0] in (1, batch)):
             return f"{name} is not of the shape of input_ids"
     mask = None if adapter.mask is None else call.get(adapter.mask)
-    if mask is not None and (mask.shape != input_ids.shape or mask.is_floating_point()):
+    if mask is not None and (mask.shape != tokens.shape[:2] or mask.is_floating_point()):
         return f"{adapter.mask} is not of the shape of input_ids, or not of integers"
     return None
 
 
-def _misfit_of_extra(rows: Tensor, ids: Tensor, weight: Tensor) -> str | None:
+def _misfit_of_rows(rows: Tensor, weight: Tensor) -> str | None:
+    """Why rows that are given cannot be those of tokens: the op computes in the dtype of the tables."""
+    if rows.dtype != weight.dtype or rows.device != weight.device:
+        return f"inputs_embeds are of {rows.dtype} on {rows.device}, the tables of {weight.dtype} on {weight.device}"
+    if rows.shape[-1] != weight.shape[1]:
+        return f"inputs_embeds have {rows.shape[-1]} columns, the tables {weight.shape[1]}"
+    if type(rows) not in guards.PLAIN:
+        return f"inputs_embeds are a {type(rows).__name__}, not a plain tensor"
+    return None
+
+
+def _misfit_of_extra(rows: Tensor, tokens: Tensor, weight: Tensor) -> str | None:
     """Why rows of other tables cannot be added in one op, which keeps the dtype of the tokens' table."""
     if rows.dtype != weight.dtype:
         return f"rows of other tables are of {rows.dtype}, the tokens' of {weight.dtype}"
     fits = rows.dim() == 3 and rows.shape[2] == weight.shape[1]
-    if not fits or any(n not in (1, size) for n, size in zip(rows.shape, ids.shape, strict=False)):
+    if not fits or any(n not in (1, size) for n, size in zip(rows.shape, tokens.shape[:2], strict=False)):
         return f"rows of other tables have the shape {tuple(rows.shape)}"
     return None
 
@@ -253,50 +271,70 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
         if call is None or _no_input(call) or not (any_name or call.keys() <= accepted):
             return stock_forward(self, *args, **kwargs)  # which raises
         past = 0 if past_name is None else call.get(past_name, 0)
+        input_ids, given_rows = call.get("input_ids"), call.get("inputs_embeds")
+        tokens: Any = input_ids if given_rows is None else given_rows  # (B, S), or (B, S, D)
         reason = _misfit(call, adapter, understood) or guards.problem(self, adapter)
-        reason = reason or _beyond_buffers(self, adapter, call, past)
+        if reason is None and given_rows is not None:
+            reason = _misfit_of_rows(given_rows, self._modules[adapter.tokens].weight)
+        reason = reason or _beyond_buffers(self, adapter, call, tokens.shape[1], past)
         if reason is not None:
             guards.warn_once(self, stock_class(self).__name__, reason)
             return stock_forward(self, *args, **kwargs)
 
-        input_ids, position_ids = call["input_ids"], call.get("position_ids")
-        start = 0
+        position_ids, start = call.get("position_ids"), 0
         table = self._modules.get(adapter.positions)
         if table is None:
             position_ids = None
-        elif adapter.bounded and input_ids.shape[1] > table.weight.shape[0]:
+        elif adapter.bounded and tokens.shape[1] > table.weight.shape[0]:
             return stock_forward(self, *args, **kwargs)  # which raises
         elif position_ids is None and adapter.position_rule == "padding":
-            position_ids = from_padding(self, input_ids, past)
+            position_ids = from_padding(self, tokens, past)
         elif position_ids is None:
-            position_ids, start = positions.counted(past, input_ids, state.first_position(self))
+            position_ids, start = positions.counted(past, tokens, state.first_position(self))
         mask = None if adapter.mask is None else call.get(adapter.mask)
         rows = None
         if extra is not None:
             if any(call.get(name) is None for name in extra.required):
                 return stock_forward(self, *args, **kwargs)  # which raises
-            rows = extra.rows(self, call, input_ids)
+            rows = extra.rows(self, call, tokens)
             if rows is not None:
                 weight = self._modules[adapter.tokens].weight
                 if torch.promote_types(rows.dtype, weight.dtype) == weight.dtype:  # as under autocast
                     rows = rows.to(weight.dtype)
-                reason = _misfit_of_extra(rows, input_ids, weight)
+                reason = _misfit_of_extra(rows, tokens, weight)
                 if reason is not None:
                     guards.warn_once(self, stock_class(self).__name__, reason)
                     return stock_forward(self, *args, **kwargs)
-        output = _embed(self, adapter, input_ids, position_ids, start, call.get("token_type_ids"), mask, extra=rows)
+        output = _embed(
+            self,
+            adapter,
+            input_ids,
+            position_ids,
+            start,
+            call.get("token_type_ids"),
+            mask,
+            extra=rows,
+            rows=given_rows,
+        )
         return (output, position_ids) if adapter.returns_positions else output
 
     return forward
 
 
 def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Tensor]:
-    """How the stock forward counts tokens that are not padding: with a method or with a function of its module."""
+    """How the stock forward counts tokens that are not padding: with a method or with a function of its module.
+
+    Of rows in the place of ids nobody knows which are padding: it counts them all, by another method.
+    """
     names: dict[str, Any] = getattr(stock_forward, "__globals__", {})
     parameters = inspect.signature(stock_forward).parameters
     with_past = _as_it_is_called("past_key_values_length", parameters) is not None
 
     def count(module: Any, input_ids: Tensor, past: Any) -> Tensor:
+        if input_ids.is_floating_point():
+            function = module.create_position_ids_from_inputs_embeds
+            more = (module.padding_idx,) if "padding_idx" in inspect.signature(function).parameters else ()
+            return torch.as_tensor(function(input_ids, *more))
         function = getattr(module, positions.COUNT, None) or names[positions.COUNT]
         # Inductor fuses what stock does.
         if not torch.compiler.is_compiling() and positions.known_count(function, module.padding_idx, past):
@@ -308,13 +346,13 @@ def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Te
     return count
 
 
-def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any], past: Any) -> str | None:
+def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any], length: int, past: Any) -> str | None:
     """Why the buffers that stock would take ids from do not hold all that this call needs."""
     table = module._modules.get(adapter.positions)
     if table is None:
         return None
     given = call.get("position_ids") is not None
-    end = None if given or isinstance(past, Tensor) else past + call["input_ids"].shape[1]
+    end = None if given or isinstance(past, Tensor) else past + length
     if end is not None and adapter.position_rule == "padding":
         end += module.padding_idx + 1  # where positions start
     read, rows = [], table.weight.shape[0]
@@ -322,7 +360,7 @@ def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any], past: A
         read.append("position_ids")
     if adapter.types is not None and call.get("token_type_ids") is None:
         if adapter.types_by_place:
-            reason = state.length_problem(module, ["token_type_ids"], rows, call["input_ids"].shape[1])
+            reason = state.length_problem(module, ["token_type_ids"], rows, length)
             return reason or state.length_problem(module, read, rows, end)
         read.append("token_type_ids")
     return state.length_problem(module, read, rows, end)
@@ -331,13 +369,14 @@ def _beyond_buffers(module: Any, adapter: Adapter, call: dict[str, Any], past: A
 def _embed(
     module: Any,
     adapter: Adapter,
-    ids: Tensor,
+    ids: Tensor | None,
     position_ids: Tensor | None,
     start: int,
     type_ids: Tensor | None,
     mask: Tensor | None = None,
     scale: float = 1.0,
     extra: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     parts: dict[str | None, Any] = module._modules
     tokens = parts[adapter.tokens]
@@ -350,7 +389,8 @@ def _embed(
         dropout_p = float(getattr(module, adapter.dropout)) if adapter.dropout and module.training else 0.0
     output = embed(
         ids,
-        tokens.weight,
+        tokens.weight if rows is None else None,
+        inputs_embeds=rows,
         scale=scale,
         position_weight=None if places is None else positions.rows(places),
         position_ids=position_ids,
@@ -366,11 +406,11 @@ def _embed(
         dropout_p=dropout_p,
         dropout_first=adapter.dropout_first,
         mask=mask,
-        padding_idx=tokens.padding_idx,
+        padding_idx=tokens.padding_idx if rows is None else None,
         position_padding_idx=places.padding_idx if isinstance(places, nn.Embedding) else None,
     )
     # The one hook that the guards let pass wants this of the lookup's output, for activation checkpointing.
-    if tokens._forward_hooks and torch.is_grad_enabled() and not output.requires_grad:
+    if rows is None and tokens._forward_hooks and torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_(True)
     return output
 

@@ -28,7 +28,7 @@ _HOOKS = (
     ("_backward_hooks", "a backward hook"),
     ("_backward_pre_hooks", "a backward pre-hook"),
 )
-_PLAIN = (nn.Parameter, torch.Tensor)
+PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def looks_up_plainly(part: Any) -> bool:
@@ -77,7 +77,7 @@ def embedding_problem(part: Any, name: str, adapter: Adapter) -> str | None:
     if reason is not None:
         return reason
     weight = rows(part)
-    if type(weight) not in _PLAIN:
+    if type(weight) not in PLAIN:
         return f"{name}.weight is a {type(weight).__name__}, not a plain parameter"
     return None
 
@@ -119,7 +119,7 @@ def _unusual(part: Any, name: str) -> str | None:
 def _table_problem(part: Any) -> str | None:
     weight = part.weight
     # Subclasses of Tensor bring their own implementation of F.embedding, and none of our op.
-    if type(weight) not in _PLAIN:
+    if type(weight) not in PLAIN:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in DTYPES:
         return f"its weight is of {weight.dtype}"
@@ -209,7 +209,7 @@ def problem(module: nn.Module, adapter: Adapter) -> str | None:
         for parameter in parameters:
             if parameter is None:
                 continue
-            if type(parameter) not in _PLAIN:
+            if type(parameter) not in PLAIN:
                 return f"{adapter.norm} has a parameter of type {type(parameter).__name__}"
             if parameter.dtype != dtype or parameter.device != device:
                 return f"{adapter.norm} differs in dtype or device from {adapter.tokens}"

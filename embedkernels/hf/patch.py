@@ -266,7 +266,7 @@ def _plan_lookup(path: str, table: nn.Embedding, adapter: Adapter | None, grad_m
 _NOTES = {
     "lookup": "",
     "scaled": "",
-    "stem": "a call with inputs_embeds runs the stock forward",
+    "stem": "",
     "inline": "a call with token_type_ids, inputs_embeds or ids that are not 2-D runs the stock forward, and so does "
     "torch.compile, where Inductor fuses it",
 }

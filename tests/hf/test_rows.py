@@ -163,7 +163,7 @@ def test_every_kind_of_call_equals_stock(name, dtype):
                 call["inputs_embeds"] = call["inputs_embeds"].to(dtype)
             expected, theirs = _run(stock, **call)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore" if what in ("embeddings", "4-D mask") else "error")
+                warnings.simplefilter("ignore" if what == "4-D mask" else "error")
                 output, ours = _run(patched, **call)
             assert torch.equal(output, expected), what
             exact_call = {k: v.double() if k == "inputs_embeds" and v is not None else v for k, v in call.items()}
@@ -178,13 +178,14 @@ def test_ernie_s_tasks(dtype):
     stock, patched = _pair(_one("ernie.ErnieEmbeddings"), dtype=dtype, use_task_id=True)
     for call in _calls(stock).values():
         if "inputs_embeds" in call:
-            continue
+            call["inputs_embeds"] = call["inputs_embeds"].to(dtype)
         expected, theirs = _run(stock, **call)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             output, ours = _run(patched, **call)
         assert torch.equal(output, expected)
-        _, exact = _run(copy.deepcopy(stock).double(), **call)
+        exact_call = {k: v.double() if k == "inputs_embeds" and v is not None else v for k, v in call.items()}
+        _, exact = _run(copy.deepcopy(stock).double(), **exact_call)
         assert ours.keys() == theirs.keys() == exact.keys()
         assert "task_type_embeddings.weight" in ours
         for key in ours:
@@ -263,6 +264,31 @@ ROWS = {adapter.example: f"{model}.{cls}" for model, cls, adapter in STEM_ROWS}
 
 
 @pytest.mark.parametrize("name", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_in_the_place_of_ids_get_their_gradient(name, backend, device):
+    """Of a view of more, as the tokens after a prompt are. Rows of another dtype than the tables' run stock."""
+    stock, patched = (module.to(device) for module in _pair(_one(name)))
+    call = _calls(stock).get("embeddings")
+    if call is None:
+        pytest.skip("its forward takes ids alone")
+    for dtype in (torch.float32, torch.bfloat16):
+        outcomes = []
+        for module in (stock, patched):
+            leaf = torch.randn(3, 9, WIDTH, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+            leaf.requires_grad_()
+            rows = (leaf * 1)[:, 2:]  # some add to the rows themselves
+            with ek.use_backend(backend), warnings.catch_warnings():
+                warnings.simplefilter("error" if dtype == torch.float32 else "ignore", UserWarning)
+                output = module(**{**call, "inputs_embeds": rows})
+            output = output[0] if isinstance(output, tuple) else output
+            upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(output)
+            outcomes.append((output, *torch.autograd.grad(output, leaf, upstream)))
+        for theirs, ours in zip(*outcomes, strict=True):
+            torch.testing.assert_close(ours, theirs)
+            assert (backend == "triton" and dtype == torch.float32) or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ROWS.values(), ids=ROWS)
 @DTYPES
 def test_the_kernels_take_every_kind_of_call(name, dtype, device):
     """Of a class of every row. Errors of all calls are judged together: among few elements they are chance."""
@@ -270,10 +296,11 @@ def test_the_kernels_take_every_kind_of_call(name, dtype, device):
     exact_module = copy.deepcopy(stock).double()
     triples: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for call in _calls(stock).values():
-        if call.get("inputs_embeds") is not None:
-            continue  # runs stock
         call = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in call.items()}
-        theirs, exact = _run(stock, **call), _run(exact_module, **call)
+        rows = call.get("inputs_embeds")
+        exact_call = call if rows is None else {**call, "inputs_embeds": rows.to(dtype).double()}
+        call = call if rows is None else {**call, "inputs_embeds": rows.to(dtype)}
+        theirs, exact = _run(stock, **call), _run(exact_module, **exact_call)
         with ek.use_backend("triton"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "embedkernels: .* runs its stock forward: mask is not", UserWarning)
             ours = _run(patched, **call)
