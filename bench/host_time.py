@@ -30,6 +30,7 @@ Call = Callable[[], Any]
 # BERT's front end in small.
 VOCABULARY, POSITIONS, TYPES, BATCH, LENGTH, WIDTH = 50, 16, 2, 2, 4, 64
 UNTIL = ("launcher", "driver")
+PASSES = ("no gradients", "forward", "forward + backward")
 
 
 def without_a_gpu(until: str) -> None:
@@ -206,10 +207,11 @@ def passes(name: str, device: torch.device) -> dict[str, tuple[Call, Call]]:
 
         return run
 
-    found = {"no gradients": (quiet(theirs), quiet(ours))}
+    no_gradients, forward, both = PASSES
+    found = {no_gradients: (quiet(theirs), quiet(ours))}
     if leaves:
-        found["forward"] = theirs, ours
-        found["forward + backward"] = with_backward(theirs, leaves), with_backward(ours, leaves)
+        found[forward] = theirs, ours
+        found[both] = with_backward(theirs, leaves), with_backward(ours, leaves)
     return found
 
 

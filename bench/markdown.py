@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.ceilings import share_of_ceiling
+from bench.goals import MEASURED_ON, Goal, judge
+
 LOSS_SHOWN = 1.02  # a rival must be this much faster to be called so: below, it is noise
 OUTPUT_LINES = 25
-
-
-def share_of_ceiling(floor: dict[str, float], ceilings: dict[str, float], median_us: float) -> float | None:
-    """The least time that a case's bytes and operations need on this device, over the time it took."""
-    seconds = max(
-        floor["bytes"] / ceilings["copy_bytes_per_s"],
-        floor["flops"] / ceilings["bf16_flops_per_s"],
-    )
-    return seconds * 1e6 / median_us if seconds and median_us else None
 
 
 def _timed(case: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
@@ -155,6 +149,30 @@ def _host(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _in_its_terms(goal: Goal, value: float) -> str:
+    return {"share": f"{value:.0%}", "microseconds": f"{value:.1f} us"}.get(goal.kind, f"{value:.2f} x")
+
+
+def _goals(report: dict[str, Any]) -> list[str]:
+    """Those that are not met first; the others by how many there are."""
+    verdicts = list(judge(report))
+    missed = [one for one in verdicts if one.met is False]
+    open_ones = sum(one.met is None for one in verdicts)
+    counts = f"{len(verdicts) - len(missed) - open_ones} met, {len(missed)} not met, {open_ones} not measured"
+    lines = [
+        f"Of {len(verdicts)} promised for an {MEASURED_ON}: {counts}.",
+        "",
+        "| part | case, pass | goal | measured | |",
+        "|---|---|---|---|---|",
+    ]
+    for one in (*missed, *(one for one in verdicts if one.met)):
+        assert one.value is not None
+        said = _in_its_terms(one.goal, one.value)
+        verdict = "met" if one.met else "**not met**"
+        lines.append(f"| {one.goal.part} | {one.case}, {one.name} | {one.goal.text} | {said} | {verdict} |")
+    return lines
+
+
 def _part(part: dict[str, Any]) -> list[str]:
     data = part["data"]
     known = {"build": _build, "resources": _resources, "tests": _tests, "sanitizer": _sanitizer, "host": _host}
@@ -198,6 +216,8 @@ def render(report: dict[str, Any]) -> str:
         status = part["status"] if part["status"] in ("passed", "not run") else f"**{part['status']}**"
         detail = f": {part['detail']}" if part["detail"] else ""
         lines.append(f"| {part['name']} | {status}{detail} | {part['seconds']:.0f} | {part['limit_s']:.0f} |")
+    if gpu:
+        lines += ["", "## Goals", "", *_goals(report)]
     for part in report["parts"]:
         lines += ["", f"## {part['name']}: {part['status']}", "", *_part(part)]
     lines += [
