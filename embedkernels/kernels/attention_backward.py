@@ -85,9 +85,9 @@ def _load_rows(rows_ptr, row, Sq, m0, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset, scale_log2, dropout,
+def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset, window_offset, scale_log2, dropout,
              GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+             BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, DIAGONAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """``state`` (dk, dv) after query block i of the loop over the group's heads, ``span`` blocks of each."""
     dk, dv = state
     q_ptr, grad_ptr, rows_ptr, q_stride_h, q_stride_s, grad_stride_h, grad_stride_s, Sq = queries
@@ -110,6 +110,9 @@ def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset,
     if DIAGONAL:
         first_query = tl.arange(0, BLOCK_N) + (n0 - query_offset - m0)
         p = tl.where(first_query[:, None] <= tl.arange(0, BLOCK_M)[None, :], p, 0.0)
+    if WINDOW:
+        last_query = tl.arange(0, BLOCK_N) + (n0 - window_offset - m0)
+        p = tl.where(last_query[:, None] >= tl.arange(0, BLOCK_M)[None, :], p, 0.0)
     dp = product(v, tl.trans(grad))
     dropped = p
     if DROPOUT:
@@ -123,7 +126,7 @@ def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset,
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset", "window_offset"])
 def attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dk_ptr, dv_ptr, bounds_ptr, mask_ptr, seed_ptr,
     q_stride_b, q_stride_h, q_stride_s,
@@ -133,9 +136,10 @@ def attention_bwd_dkdv_kernel(
     dk_stride_b, dk_stride_h, dk_stride_s,
     dv_stride_b, dv_stride_h, dv_stride_s,
     mask_stride_b,
-    H_kv, Sq, Sk, query_offset, scale_log2, dk_scale, dv_scale, dropout_p,
+    H_kv, Sq, Sk, query_offset, window_offset, scale_log2, dk_scale, dv_scale, dropout_p,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     block, b, h_kv = split_program(tl.cdiv(Sk, BLOCK_N), H_kv)
     n0 = block * BLOCK_N
@@ -152,13 +156,18 @@ def attention_bwd_dkdv_kernel(
         seed = tl.load(seed_ptr)
     dropout = (seed, dropout_p)
 
-    # Query blocks: [m_first, m_full) holds the diagonal, [m_full, m_blocks) sees the whole key block.
+    # Query blocks: [m_first, m_full) holds the diagonal, [m_full, m_blocks) sees the whole key block. With a window
+    # all of them, up to the last that sees a key of the block, are taken for cut.
     m_blocks = tl.cdiv(Sq, BLOCK_M)
     m_first = 0
     m_full = 0
     if CAUSAL:
         m_first = tl.minimum(tl.maximum(n0 - query_offset, 0) // BLOCK_M, m_blocks)
         m_full = tl.minimum(tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - query_offset, 0), BLOCK_M), m_blocks)
+    if WINDOW:
+        m_blocks = tl.minimum(tl.cdiv(tl.maximum(n0 + BLOCK_N - window_offset, 0), BLOCK_M), m_blocks)
+        m_first = tl.minimum(m_first, m_blocks)
+        m_full = m_blocks
     if (n0 >= end) | (n0 + BLOCK_N <= start):
         m_first = m_blocks
         m_full = m_blocks
@@ -170,15 +179,18 @@ def attention_bwd_dkdv_kernel(
     row0 = (b * H_kv + h_kv) * GROUP
     state = (tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32), tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32))
     # One loop over (head of the group, query block): nested loops would cost some 30 registers.
-    if CAUSAL:
+    if CAUSAL or WINDOW:
         span = m_full - m_first
         for i in range(GROUP * span):
-            state = _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset, scale_log2, dropout,
-                             GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DIAGONAL=True)  # fmt: skip
-    span = m_blocks - m_full
-    for i in range(GROUP * span):
-        state = _collect(state, k, v, i, m_full, span, n0, h0, row0, queries, query_offset, scale_log2, dropout,
-                         GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DIAGONAL=False)  # fmt: skip
+            state = _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset, window_offset,
+                             scale_log2, dropout, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, CAUSAL,
+                             WINDOW)  # fmt: skip
+    if not WINDOW:
+        span = m_blocks - m_full
+        for i in range(GROUP * span):
+            state = _collect(state, k, v, i, m_full, span, n0, h0, row0, queries, query_offset, window_offset,
+                             scale_log2, dropout, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DIAGONAL=False,
+                             WINDOW=False)  # fmt: skip
 
     # A key's row of dk and dv depends on no other key, so that masked keys need no care before here.
     dk, dv = state
@@ -192,15 +204,16 @@ def attention_bwd_dkdv_kernel(
 
 
 @triton.jit
-def _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, scale_log2, dropout,
+def _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, window_offset, scale_log2, dropout,
                 D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
                 MASKED: tl.constexpr):  # fmt: skip
     """``dq`` after the keys of the block at n0."""
     k, v, valid = load_key_block(n0, keys, D, BLOCK_D, BLOCK_N, HAS_MASK, MASKED)
     p = tl.exp2(product(q, tl.trans(k)) * scale_log2 - lse[:, None])
     if MASKED:
-        p = tl.where(visible_pairs(valid, m0, n0, query_offset, BLOCK_M, BLOCK_N, CAUSAL), p, 0.0)
+        visible = visible_pairs(valid, m0, n0, query_offset, window_offset, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        p = tl.where(visible, p, 0.0)
     dp = product(grad, tl.trans(v))
     if DROPOUT:
         seed, row, dropout_p = dropout
@@ -209,7 +222,7 @@ def _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, scale_log2,
     return product(ds.to(k.dtype), k, dq)
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset"])
+@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset", "window_offset"])
 def attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dq_ptr, bounds_ptr, mask_ptr, seed_ptr,
     q_stride_b, q_stride_h, q_stride_s,
@@ -218,9 +231,10 @@ def attention_bwd_dq_kernel(
     grad_stride_b, grad_stride_h, grad_stride_s,
     dq_stride_b, dq_stride_h, dq_stride_s,
     mask_stride_b,
-    H, Sq, Sk, query_offset, scale_log2, dq_scale, dropout_p,
+    H, Sq, Sk, query_offset, window_offset, scale_log2, dq_scale, dropout_p,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(Sq, BLOCK_M)
     block, b, h = split_program(n_blocks, H)
@@ -241,7 +255,7 @@ def attention_bwd_dq_kernel(
 
     start, end, holes = load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS)
     first, lead, full_first, full_last, masked = key_block_ranges(
-        start, end, holes, m0, Sq, query_offset, BLOCK_M, BLOCK_N, CAUSAL
+        start, end, holes, m0, Sq, query_offset, window_offset, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
     )
     keys = (
         k_ptr + b.to(tl.int64) * k_stride_b + (h // GROUP).to(tl.int64) * k_stride_h,
@@ -250,12 +264,13 @@ def attention_bwd_dq_kernel(
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for i in range(full_first, full_last):
-        dq = _distribute(dq, q, grad, lse, delta, i * BLOCK_N, m0, keys, query_offset, scale_log2, dropout,
-                         D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, DROPOUT, MASKED=False)  # fmt: skip
+        dq = _distribute(dq, q, grad, lse, delta, i * BLOCK_N, m0, keys, query_offset, window_offset,
+                         scale_log2, dropout, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_MASK, DROPOUT,
+                         MASKED=False)  # fmt: skip
     for i in range(masked):
         n0 = tl.where(i < lead, first + i, full_last + i - lead) * BLOCK_N
-        dq = _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, scale_log2, dropout,
-                         D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
+        dq = _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, window_offset, scale_log2, dropout,
+                         D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
     dq_tile = dq_ptr + row_offset(b, h, m0, (dq_stride_b, dq_stride_h, dq_stride_s))
     dq = (dq * dq_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_tile + tile_offsets(dq_stride_s, BLOCK_M, BLOCK_D), dq, mask=ok)
@@ -284,6 +299,7 @@ def backward(
     scale: float,
     is_causal: bool,
     query_offset: int,
+    window_offset: int | None,
     dropout_p: float,
 ) -> None:
     """Launch: fills ``dq``, and ``dk`` with ``dv``, if given. Inputs as the op has checked them."""
@@ -317,15 +333,18 @@ def backward(
     inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
     mask_stride = 0 if key_mask is None else key_mask.stride(0)
     features = {
-        "GROUP": group, "D": head_size, "BLOCK_D": width, "CAUSAL": is_causal, "HAS_BOUNDS": bounds is not None,
-        "HAS_MASK": key_mask is not None, "DROPOUT": dropout_p > 0,
+        "GROUP": group, "D": head_size, "BLOCK_D": width, "CAUSAL": is_causal,
+        "WINDOW": window_offset is not None, "HAS_BOUNDS": bounds is not None, "HAS_MASK": key_mask is not None,
+        "DROPOUT": dropout_p > 0,
     }  # fmt: skip
     kept = keep_scale(dropout_p)
+    lower = 0 if window_offset is None else window_offset
     if dk is not None and dv is not None and dk.numel():
         tile = tiles.dkdv
         arguments = (
             query, key, value, grad, rows, dk, dv, *masks, *inputs, *dk.stride()[:3], *dv.stride()[:3],
-            mask_stride, heads_kv, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept, kept, dropout_p,
+            mask_stride, heads_kv, num_queries, num_keys, query_offset, lower, scale * LOG2_E, scale * kept, kept,
+            dropout_p,
         )  # fmt: skip
         constexprs = {**features, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         grid = (blocks(num_keys, tile.block_n) * heads_kv * batch,)
@@ -334,7 +353,7 @@ def backward(
         tile = tiles.dq
         arguments = (
             query, key, value, grad, rows, dq, *masks, *inputs, *dq.stride()[:3],
-            mask_stride, heads, num_queries, num_keys, query_offset, scale * LOG2_E, scale * kept, dropout_p,
+            mask_stride, heads, num_queries, num_keys, query_offset, lower, scale * LOG2_E, scale * kept, dropout_p,
         )  # fmt: skip
         constexprs = {**features, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         grid = (blocks(num_queries, tile.block_m) * heads * batch,)

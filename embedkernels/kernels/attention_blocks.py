@@ -73,8 +73,8 @@ def load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS: tl.constexpr):
 
 
 @triton.jit
-def key_block_ranges(start, end, holes, m0, Sq, query_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     CAUSAL: tl.constexpr):  # fmt: skip
+def key_block_ranges(start, end, holes, m0, Sq, query_offset, window_offset, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """The key blocks that the queries [m0, m0 + BLOCK_M) visit.
 
     Returns (first, lead, full_first, full_last, masked): the blocks [full_first, full_last) are visible as a whole;
@@ -85,9 +85,14 @@ def key_block_ranges(start, end, holes, m0, Sq, query_offset, BLOCK_M: tl.conste
     if CAUSAL:
         visible_end = tl.minimum(end, tl.maximum(tl.minimum(m0 + BLOCK_M, Sq) + query_offset, 0))
         full_end = tl.minimum(end, tl.maximum(m0 + 1 + query_offset, 0))
-    first = start // BLOCK_N
+    visible_start = start
+    full_start = start
+    if WINDOW:
+        visible_start = tl.maximum(start, m0 + window_offset)
+        full_start = tl.maximum(start, tl.minimum(m0 + BLOCK_M, Sq) - 1 + window_offset)
+    first = visible_start // BLOCK_N
     last = tl.maximum(tl.cdiv(visible_end, BLOCK_N), first)
-    full_first = tl.minimum(tl.cdiv(start, BLOCK_N), last)
+    full_first = tl.minimum(tl.cdiv(full_start, BLOCK_N), last)
     full_last = tl.maximum(full_end // BLOCK_N, full_first)
     if holes != 0:
         full_last = full_first
@@ -126,12 +131,16 @@ def load_key_block(n0, keys, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
-def visible_pairs(valid, m0, n0, query_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+def visible_pairs(valid, m0, n0, query_offset, window_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """(BLOCK_M, BLOCK_N) or (1, BLOCK_N): True where a query sees a key. ``valid`` (BLOCK_N,): keys that count."""
     visible = valid[None, :]
     if CAUSAL:
         last_key = tl.arange(0, BLOCK_M) + (m0 + query_offset - n0)
         visible = visible & (tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None])
+    if WINDOW:
+        first_key = tl.arange(0, BLOCK_M) + (m0 + window_offset - n0)
+        visible = visible & (tl.arange(0, BLOCK_N)[None, :] >= first_key[:, None])
     return visible
 
 

@@ -21,6 +21,8 @@ _FLOATS = ("scale_log2", "dropout_p", "keep_scale", "dk_scale", "dv_scale", "dq_
 
 # Head sizes that do not fill their tile; and those that are no multiple of 16, which have tiles of their own.
 REDUCED = {("bf16", 64): 48, ("bf16", 128): 96, ("fp32", 128): 96}
+# Every feature and a window.
+WINDOWED = frozenset({("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)})
 UNALIGNED = {32: 24, 64: 40, 128: 72}
 # Without dropout, causal order, bounds and mask, and with one query head per key head, unless said otherwise.
 _PLAIN = {"causal": False, "bounds": False, "mask": False, "group": 1}
@@ -73,16 +75,18 @@ class Variant:
     mask: bool = True
     group: int = 3
     single: bool = False
+    window: bool = False
 
     @property
     def label(self) -> str:
-        """``"sm_90,d64,causal,dropout,bf16"``; every feature on but for dropout goes without saying."""
+        """``"sm_90,d64,causal,dropout,bf16"``; every feature on but for dropout and a window goes without saying."""
         words = [self.family, f"d{self.head_size}"]
         if not (self.causal and self.bounds and self.mask):
             known = {"causal": self.causal, "bounds": self.bounds and not self.mask, "mask": self.mask}
             words.append("+".join(name for name, on in known.items() if on) or "plain")
         words += [f"group {self.group}"] if self.group != 3 else []
         words += ["single"] if self.single else []
+        words += ["window"] if self.window else []
         words += ["dropout"] if self.dropout else []
         return ",".join([*words, self.dtype])
 
@@ -92,8 +96,8 @@ def spec(kernel: Any, which: str, variant: Variant, tiles: Tiles) -> CompileSpec
     tile = getattr(tiles, which)
     constexprs = {
         "GROUP": variant.group, "D": variant.head_size, "BLOCK_D": variant.width,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "CAUSAL": variant.causal, "HAS_BOUNDS": variant.bounds,
-        "HAS_MASK": variant.mask, "DROPOUT": variant.dropout,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "CAUSAL": variant.causal, "WINDOW": variant.window,
+        "HAS_BOUNDS": variant.bounds, "HAS_MASK": variant.mask, "DROPOUT": variant.dropout,
     }  # fmt: skip
     if variant.single:
         constexprs |= {name: 1 for name in ("H", "H_kv", "mask_stride_b") if name in kernel.arg_names}
@@ -158,6 +162,8 @@ def listed(kernel: Any, which: str) -> list[CompileSpec]:
         with_dropout = tiles_of[variant.family, variant.dtype, variant.width, True]
         if variant.dropout or getattr(tiles, which) != getattr(with_dropout, which):
             add(variant, tiles)
+        if (variant.dtype, variant.width) in WINDOWED and variant.dropout:
+            add(replace(variant, window=True), tiles)
         if (variant.dtype, variant.width) in REDUCED and variant.dropout:
             add(replace(variant, head_size=REDUCED[variant.dtype, variant.width]), tiles)
         if variant.dtype != "fp16" and variant.width in UNALIGNED and variant.dropout:

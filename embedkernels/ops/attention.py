@@ -21,6 +21,7 @@ from embedkernels.ops.attention_checks import (
     check_shapes,
     check_tensors,
     checked_values,
+    checked_window,
 )
 from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
@@ -49,6 +50,7 @@ def attention(
     key_lengths: Tensor | None = None,
     key_starts: Tensor | None = None,
     query_offset: int = 0,
+    window: tuple[int | None, int | None] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Scaled dot-product attention; the first arguments are those of ``scaled_dot_product_attention``.
@@ -64,7 +66,7 @@ def attention(
         query: (B, H, Sq, D); float32, bfloat16 or float16. Any strides; copied only if the last is not 1.
         key, value: (B, Hkv, Sk, D), dtype and device of ``query``.
         attn_mask: boolean or additive mask, as for ``scaled_dot_product_attention``, which then computes the call.
-            It excludes the masks below and ``query_offset``.
+            It excludes the masks below, ``query_offset`` and ``window``.
         dropout_p: probability of dropping a weight, in [0, 1]. Applied whenever it is not 0: pass 0 in evaluation.
             Kept weights are scaled by 1/(1 - p).
         is_causal: query i sees the keys up to i + ``query_offset``.
@@ -73,7 +75,10 @@ def attention(
         key_mask: bool (B, Sk) or (1, Sk), True for keys that count, in any pattern.
         key_lengths: int32 or int64 (B,): only the keys in [start, start + length) count.
         key_starts: int32 or int64 (B,): the start of that range; 0 if None. Without lengths it ends at Sk.
-        query_offset: position of the first query among the keys, for causal order; may be negative.
+        query_offset: position of the first query among the keys, for causal order and a window; may be negative.
+        window: (left, right): query i sees the keys from i + ``query_offset`` - left to i + ``query_offset`` + right,
+            each side 0 or more keys or None for no end. In causal order the right side is 0. Keys outside of all
+            windows of a block of queries cost nothing.
         backend: ``"triton"``, ``"torch"`` (which is ``scaled_dot_product_attention``) or None for the best there is.
 
     Returns:
@@ -97,13 +102,14 @@ def attention(
     """
     check_tensors(query, key, value)
     dropout_p, scale, query_offset = checked_values(dropout_p, scale, query_offset)
+    window = checked_window(window)
     masks = (key_mask, key_lengths, key_starts)
     id_errors.begin_without_ids(query.device)
     stock = needs_stock_autograd(query, key, value, attn_mask if isinstance(attn_mask, Tensor) else None)
     if attn_mask is not None:
-        if any(mask is not None for mask in masks) or query_offset != 0:
+        if any(mask is not None for mask in masks) or query_offset != 0 or window is not None:
             raise ValueError(
-                "attention: attn_mask excludes key_mask, key_lengths, key_starts and query_offset: "
+                "attention: attn_mask excludes key_mask, key_lengths, key_starts, query_offset and window: "
                 "put them into attn_mask"
             )
         if backend == "triton":
@@ -128,6 +134,7 @@ def attention(
             return reference.sdpa(
                 query, key, value, dropout_p, is_causal, scale,
                 key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
+                window=window,
             )  # fmt: skip
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
@@ -146,9 +153,12 @@ def attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), device=query.device)
-    # Causal order that hides nothing costs masks for nothing.
-    is_causal = is_causal and query_offset < key.shape[2] - 1
-    given = (query, key, value, bounds, key_mask, seed, scale, is_causal, query_offset, dropout_p)
+    # An order or a window that hides nothing costs masks for nothing. A right side is an order that begins later.
+    lower, upper = reference.window_offsets(query.shape[2], key.shape[2], is_causal, query_offset, window)
+    given = (
+        query, key, value, bounds, key_mask, seed, scale, upper is not None,
+        query_offset if upper is None else upper, dropout_p, lower,
+    )  # fmt: skip
     if not is_eager(*given[:6]):
         out: Tensor = torch.ops.embedkernels.attention_forward(*given)[0]
     elif any_requires_grad(query, key, value):
@@ -236,12 +246,13 @@ _library.define(
 )
 _library.define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor? seed, "
-    "float scale, bool is_causal, SymInt query_offset, float dropout_p) -> (Tensor out, Tensor lse)"
+    "float scale, bool is_causal, SymInt query_offset, float dropout_p, SymInt? window_offset=None) "
+    "-> (Tensor out, Tensor lse)"
 )
 _library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? bounds, "
     "Tensor? key_mask, Tensor? seed, float scale, bool is_causal, SymInt query_offset, float dropout_p, "
-    "bool needs_query, bool needs_key_value) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "SymInt? window_offset, bool needs_query, bool needs_key_value) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -275,13 +286,14 @@ def _launch_forward(
     is_causal: bool,
     query_offset: int,
     dropout_p: float,
+    window_offset: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     from embedkernels.kernels.attention_forward import forward
 
     out, lse = _forward_outputs(query)
     forward(
         _near(query), _near(key), _near(value), bounds, _unit(key_mask), seed, out, lse,
-        scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
+        scale=scale, is_causal=is_causal, query_offset=query_offset, window_offset=window_offset, dropout_p=dropout_p,
     )  # fmt: skip
     return out, lse
 
@@ -303,6 +315,7 @@ def _backward_impl(
     is_causal: bool,
     query_offset: int,
     dropout_p: float,
+    window_offset: int | None,
     needs_query: bool,
     needs_key_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,7 +326,7 @@ def _backward_impl(
         _near(grad), _near(query), _near(key), _near(value), _near(out), lse.contiguous(),
         None if bounds is None else bounds.contiguous(), _unit(key_mask), seed,
         dq if needs_query else None, dk if needs_key_value else None, dv if needs_key_value else None,
-        scale=scale, is_causal=is_causal, query_offset=query_offset, dropout_p=dropout_p,
+        scale=scale, is_causal=is_causal, query_offset=query_offset, window_offset=window_offset, dropout_p=dropout_p,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -382,7 +395,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if grad is None:
         return None, None, None, *nothing
     needs_query, needs_key, needs_value = ctx.needs_input_grad[:3]

@@ -52,6 +52,19 @@ def checked_values(dropout_p: float, scale: float | None, query_offset: int) -> 
     return dropout_p, scale, query_offset
 
 
+def checked_window(window: object) -> tuple[int | None, int | None] | None:
+    """(left, right), numbers of keys of 0 or more, or None; None if neither side has an end."""
+    if window is None:
+        return None
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"attention: window must be (left, right), each a number of keys or None, got {window!r}")
+    left, right = (None if side is None else checked_int(side, "window", "attention") for side in window)
+    for side in (left, right):
+        if side is not None and not 0 <= side < _LARGEST_OFFSET:
+            raise ValueError(f"attention: window must be of 0 to 2**30 keys on each side, got {side}")
+    return None if left is None and right is None else (left, right)
+
+
 def check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> None:
     heads, heads_kv = query.shape[1], key.shape[1]
     if heads == heads_kv:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from embedkernels.reference.random import keep_from_bits, keep_scale, philox
 
+Window = tuple[int | None, int | None]
+
 
 def visible_keys(
     num_queries: int,
@@ -19,6 +21,7 @@ def visible_keys(
     *,
     is_causal: bool = False,
     query_offset: int = 0,
+    window: Window | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_starts: Tensor | None = None,
@@ -30,6 +33,8 @@ def visible_keys(
     Args:
         num_queries, num_keys: Sq and Sk.
         is_causal, query_offset: with is_causal, query i sees the keys up to i + query_offset.
+        window: (left, right): query i sees the keys from i + query_offset - left to i + query_offset + right; None
+            for no end on that side.
         key_mask: bool (B, Sk), True for keys that count.
         key_lengths, key_starts: (B,) integers: the keys in [start, start + length) count.
 
@@ -48,11 +53,26 @@ def visible_keys(
             inside = inside & (keys < (start.long() + key_lengths.long())[:, None])
         inside = inside[:, None, None, :]
         visible = inside if visible is None else visible & inside
-    if is_causal and query_offset < num_keys - 1:
-        last = torch.arange(num_queries, device=device) + query_offset
-        causal = keys <= last[:, None]
+    lower, upper = window_offsets(num_queries, num_keys, is_causal, query_offset, window)
+    queries = torch.arange(num_queries, device=device)[:, None]
+    if upper is not None:
+        causal = keys <= queries + upper
         visible = causal[None, None] if visible is None else visible & causal
+    if lower is not None:
+        near = keys >= queries + lower
+        visible = near[None, None] if visible is None else visible & near
     return visible
+
+
+def window_offsets(
+    num_queries: int, num_keys: int, is_causal: bool, query_offset: int, window: Window | None
+) -> tuple[int | None, int | None]:
+    """(first, last) that query i sees keys from i + first to i + last; None where that hides nothing."""
+    left, right = (None, None) if window is None else window
+    right = 0 if is_causal else right
+    upper = None if right is None or query_offset + right >= num_keys - 1 else query_offset + right
+    lower = None if left is None or query_offset - left <= 1 - num_queries else query_offset - left
+    return lower, upper
 
 
 def attention_keep_mask(
@@ -89,6 +109,7 @@ def attention(
     key_lengths: Tensor | None = None,
     key_starts: Tensor | None = None,
     query_offset: int = 0,
+    window: Window | None = None,
     seed: Tensor | int = 0,
 ) -> Tensor:
     """The specification, in the dtype of the inputs. Differentiable; the arguments are those of ``ek.attention``.
@@ -105,7 +126,7 @@ def attention(
     value = value.repeat_interleave(heads // value.shape[1], dim=1)
     scores = query @ key.transpose(2, 3) * (head_size**-0.5 if scale is None else scale)
     visible = visible_keys(
-        num_queries, num_keys, query.device, is_causal=is_causal, query_offset=query_offset,
+        num_queries, num_keys, query.device, is_causal=is_causal, query_offset=query_offset, window=window,
         key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts,
     )  # fmt: skip
     if visible is None:
@@ -132,6 +153,7 @@ def sdpa(
     key_lengths: Tensor | None = None,
     key_starts: Tensor | None = None,
     query_offset: int = 0,
+    window: Window | None = None,
 ) -> Tensor:
     """The torch backend: ``scaled_dot_product_attention``, with a mask only where one is needed.
 
@@ -143,13 +165,13 @@ def sdpa(
     grouped = False
     if query.shape[1] != key.shape[1]:  # compiled with dynamic sizes the comparison is symbolic: SDPA wants a bool
         grouped = True
-    plain = key_mask is None and key_lengths is None and key_starts is None
+    plain = key_mask is None and key_lengths is None and key_starts is None and window is None
     if plain and (not is_causal or query_offset == 0):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
     visible = visible_keys(
-        query.shape[2], key.shape[2], query.device, is_causal=is_causal, query_offset=query_offset,
+        query.shape[2], key.shape[2], query.device, is_causal=is_causal, query_offset=query_offset, window=window,
         key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts,
     )  # fmt: skip
     if visible is None or query.device.type == "cpu":

@@ -19,6 +19,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FEATURES = {
     "mask": ["none", "right", "left", "holes", "lengths", "starts"],
     "order": ["any", "causal", "offset", "negative"],
+    "window": [None, (4, None), (None, 3), (2, 5), (18, 9)],
     "dtype": [FP32, BF16, FP16],
     "lengths": [(33, 37), (17, 45), (41, 19)],
     "heads": [(2, 2), (2, 1), (4, 2)],
@@ -101,6 +102,43 @@ def test_large_scores(scale: float, dtype: torch.dtype, device: torch.device) ->
     yardstick here.
     """
     check(cases.inputs(lengths=(40, 96), head_size=32, scale=scale, dtype=dtype, device=device), fused=True)
+
+
+WINDOWS = [(0, 0), (7, 0), (0, 7), (40, 40), (None, 0), (0, None), (1000, 1000)]
+
+
+@pytest.mark.parametrize("offset", [-20, 0, 12])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_windows(offset: int, is_causal: bool, device: torch.device) -> None:
+    """Of one key to all keys, several blocks wide and beside all keys, where queries see none.
+
+    Judged together: where few keys are seen, the largest error of one call is chance.
+    """
+    triples: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in cases.NAMES}
+    for window in WINDOWS:
+        options = {"window": window, "query_offset": offset, "is_causal": is_causal}
+        call = cases.inputs(heads=(2, 1), lengths=(70, 75), head_size=32, device=device, **options)
+        for name, *results in zip(
+            cases.NAMES, cases.ours(call), cases.theirs(call, fused=True), cases.expected(call), strict=True
+        ):
+            triples[name].append(tuple(results))
+    for name, several in triples.items():
+        assert_within_contract(*(torch.cat([x.flatten() for x in each]) for each in zip(*several, strict=True)), name)
+
+
+def test_a_window_of_one_key_is_its_value(device: torch.device) -> None:
+    call = cases.inputs(lengths=(40, 45), device=device, window=(0, 0), query_offset=5)
+    out, dq, dk, dv = cases.ours(call)
+    assert torch.equal(out, call.value[:, :, 5:])
+    assert torch.equal(dv[:, :, 5:], call.grad)
+    assert all(x.abs().max() < 1e-5 for x in (dq, dk, dv[:, :, :5]))
+
+
+@pytest.mark.parametrize("window", [(1 << 29, 1 << 29), (None, None)], ids=str)
+def test_a_window_that_hides_nothing_gives_the_same_bits(window: Any, device: torch.device) -> None:
+    call = cases.inputs(lengths=(40, 45), device=device, query_offset=3)
+    same = cases.Call(*call.leaves, call.grad, {**call.options, "window": window})
+    assert all(torch.equal(a, b) for a, b in zip(cases.ours(call), cases.ours(same), strict=True))
 
 
 @pytest.mark.parametrize("mask", ["none", "lengths"])

@@ -38,7 +38,7 @@ def test_opcheck_backward(needs: tuple[bool, bool], device: torch.device) -> Non
     call = cases.inputs(batch=1, heads=(2, 1), lengths=(9, 20), head_size=16, layout="transposed", device=device)
     tensors = [x.detach() for x in call.leaves]
     out, lse = OPS.attention_forward(*tensors, None, None, None, 0.25, True, 0, 0.0)
-    args = (call.grad, *tensors, out, lse, None, None, None, 0.25, True, 0, 0.0, *needs)
+    args = (call.grad, *tensors, out, lse, None, None, None, 0.25, True, 0, 0.0, None, *needs)
     # The gradient of the backward is an error on purpose.
     torch.library.opcheck(OPS.attention_backward.default, args, test_utils=("test_schema", "test_faketensor"))
 
