@@ -17,7 +17,10 @@ FILL = 0.53  # share of tokens that are not padding in batches of reviews or que
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Scaled dot-product attention; ``fill`` < 1 pads the keys of every sequence to a different length."""
+    """Scaled dot-product attention; ``fill`` < 1 pads the keys of every sequence to a different length.
+
+    ``window``: keys that a query sees on its left and right, beside its own.
+    """
 
     name: str
     batch: int
@@ -29,10 +32,12 @@ class AttentionCase:
     fill: float = 1.0
     dropout: float = 0.0
     dtype: str = "bfloat16"
+    window: tuple[int, int] | None = None
 
     def tiny(self) -> AttentionCase:
         kv_heads = 1 if self.kv_heads < self.heads else 2
-        return replace(self, batch=2, length=17, heads=2, kv_heads=kv_heads, width=16)
+        window = None if self.window is None else (3, 2)
+        return replace(self, batch=2, length=17, heads=2, kv_heads=kv_heads, width=16, window=window)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ ATTENTION = (
     AttentionCase("bert-base 512 full", 16, 512, 12, 12, 64),
     AttentionCase("llama-8b 2k causal", 2, 2048, 32, 8, 128, causal=True),
     AttentionCase("llama-1b 2k causal padded", 4, 2048, 32, 8, 64, causal=True, fill=FILL),
+    AttentionCase("modernbert 1k window", 8, 1024, 12, 12, 64, window=(64, 64)),
     AttentionCase("bert-base 128 padded fp32", 32, 128, 12, 12, 64, fill=FILL, dropout=0.1, dtype="float32"),
 )
 ROPE = (

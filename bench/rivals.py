@@ -163,6 +163,7 @@ def attention_rivals(tiny: bool) -> list[Rival]:  # noqa: ARG001
                 is_causal=x.causal,
                 enable_gqa=x.query.shape[1] != x.key.shape[1],
                 key_lengths=x.lengths,
+                window=x.window,
             ),
             leaves(x),
             x.upstream,

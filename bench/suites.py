@@ -69,12 +69,17 @@ def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleN
         return torch.randn(case.batch, case.length, count, case.width, device=device).to(dtype).transpose(1, 2)
 
     lengths = mask = None
-    if case.fill < 1:
-        lengths = cases.make_lengths(case.batch, case.length, case.fill).to(device)
+    if case.fill < 1 or case.window is not None:
         steps = torch.arange(case.length, device=device)
-        visible = (steps[None, None, :] < lengths[:, None, None]).expand(-1, case.length, -1)
+        visible = torch.ones(case.batch, case.length, case.length, dtype=torch.bool, device=device)
+        if case.fill < 1:
+            lengths = cases.make_lengths(case.batch, case.length, case.fill).to(device)
+            visible = visible & (steps < lengths[:, None, None])
         if case.causal:
             visible = visible & (steps[None, :] <= steps[:, None])
+        if case.window is not None:
+            ahead = steps[None, :] - steps[:, None]
+            visible = visible & (ahead >= -case.window[0]) & (ahead <= case.window[1])
         mask = visible[:, None].contiguous()
     return SimpleNamespace(
         query=_leaf(heads(case.heads)),
@@ -84,6 +89,7 @@ def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleN
         lengths=lengths,
         mask=mask,
         causal=case.causal,
+        window=case.window,
     )
 
 

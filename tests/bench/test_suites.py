@@ -369,6 +369,13 @@ def test_padded_attention_counts_visible_pairs_only() -> None:
     assert suites.attention_floors(case, x)["forward"][1] == 4 * float(x.lengths.sum()) * 16 * 2 * 8
 
 
+def test_windowed_attention_counts_visible_pairs_only() -> None:
+    case = cases.AttentionCase("window", 3, 16, 2, 2, 8, window=(2, 1))
+    x = suites.attention_inputs(case, CPU)
+    pairs = 3 * (16 * 4 - (2 + 1) - 1)  # four keys each, but for the ends of the sequence
+    assert suites.attention_floors(case, x)["forward"][1] == 4 * pairs * 2 * 8
+
+
 def test_samples_of_different_rivals_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     sample = Stopwatch._sample
