@@ -82,6 +82,11 @@ class Lookup(torch.autograd.Function):
         return row_gradient(rows, plan, options), None, None, None
 
 
+# What the engine and this backward make of a tensor's count: in torch 2.11 the Python object counts beside the
+# engine's hold, in 2.13 and later the two are one. Where it is another number, gradients are copied.
+_ALONE = 2 if torch.__version__.startswith("2.11.") else 1
+
+
 def _is_ours_alone(grad: Tensor) -> bool:
     """Whether nothing but this backward holds ``grad`` or its memory.
 
@@ -90,7 +95,7 @@ def _is_ours_alone(grad: Tensor) -> bool:
     the one made to ask for it included, counts once.
     """
     try:
-        alone: bool = grad._use_count() == 1  # type: ignore[attr-defined]
+        alone: bool = grad._use_count() == _ALONE  # type: ignore[attr-defined]
         return alone and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == 2
     except AttributeError:
         return False
