@@ -12,6 +12,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 import embedkernels as ek
 from embedkernels.ops.backend import triton_problem
+from tests.hf.models import named_here
 
 BACKENDS = ["torch", *(["triton"] if triton_problem() is None else [])]
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -46,7 +47,8 @@ def test_opt_s_positions(backend: Any, dtype: torch.dtype, past: int, device: to
     mask = (some_tokens(4, 9, device=device) > 1).to(dtype)
     table = OPTLearnedPositionalEmbedding(20, 1).to(device)
     table.weight.data = torch.arange(22.0, device=device).view(22, 1)
-    expected = table(mask.long(), past_key_values_length=past)[..., 0].long()
+    name = named_here("past_key_values_length", OPTLearnedPositionalEmbedding.forward)
+    expected = table(mask.long(), **{name: past})[..., 0].long()
     ours = ek.count_positions(mask, start=1, padding_position=1, skip=past, backend=backend)
     assert torch.equal(ours, expected)
 
