@@ -87,6 +87,7 @@ ATTENTION = (
     AttentionCase("bert-base 512 full", 16, 512, 12, 12, 64),
     AttentionCase("llama-8b 2k causal", 2, 2048, 32, 8, 128, causal=True),
     AttentionCase("llama-1b 2k causal padded", 4, 2048, 32, 8, 64, causal=True, fill=FILL),
+    AttentionCase("bert-base 128 full", 32, 128, 12, 12, 64),
     AttentionCase("modernbert 1k window", 8, 1024, 12, 12, 64, window=(64, 64)),
     AttentionCase("bert-base 128 padded fp32", 32, 128, 12, 12, 64, fill=FILL, dropout=0.1, dtype="float32"),
 )

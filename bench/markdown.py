@@ -154,7 +154,7 @@ def _in_its_terms(goal: Goal, value: float) -> str:
 
 
 def _goals(report: dict[str, Any]) -> list[str]:
-    """Those that are not met first; the others by how many there are."""
+    """Those that are not met first, those that were not measured last."""
     verdicts = list(judge(report))
     missed = [one for one in verdicts if one.met is False]
     open_ones = sum(one.met is None for one in verdicts)
@@ -165,10 +165,9 @@ def _goals(report: dict[str, Any]) -> list[str]:
         "| part | case, pass | goal | measured | |",
         "|---|---|---|---|---|",
     ]
-    for one in (*missed, *(one for one in verdicts if one.met)):
-        assert one.value is not None
-        said = _in_its_terms(one.goal, one.value)
-        verdict = "met" if one.met else "**not met**"
+    for one in (*missed, *(one for one in verdicts if one.met), *(one for one in verdicts if one.met is None)):
+        said = "" if one.value is None else _in_its_terms(one.goal, one.value)
+        verdict = "not measured" if one.met is None else "met" if one.met else "**not met**"
         lines.append(f"| {one.goal.part} | {one.case}, {one.name} | {one.goal.text} | {said} | {verdict} |")
     return lines
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.interpreter import nearest_bfloat16_bits
+from tests.interpreter import dot, nearest_bfloat16_bits
 
 
 def bits_of(x: torch.Tensor) -> np.ndarray:
@@ -33,3 +33,21 @@ def test_casts_and_stores_of_the_interpreter_round_to_nearest(device: torch.devi
     cast_kernel[(triton.cdiv(1024, 1024),)](x, cast, stored, 1024)
     assert torch.equal(cast, x.bfloat16())
     assert torch.equal(stored, x.bfloat16())
+
+
+def test_a_product_is_a_chain_of_fused_multiply_adds() -> None:
+    """In the order of the columns, and of the transposed operands the same bits."""
+    generator = np.random.default_rng(0)
+    a, b, acc = (generator.standard_normal(shape).astype(np.float32) for shape in ((5, 19), (19, 7), (5, 7)))
+    found = dot(a, b, acc)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, dot(b.T, a.T, acc.T).T)
+    chain = float(acc[2, 3])
+    for k in range(19):
+        chain = float(np.float32(float(a[2, k]) * float(b[k, 3]) + chain))
+    assert float(found[2, 3]) == chain
+    # 1 + 2**-24 is 1 in float32: a product rounded by itself would leave no trace of its second half.
+    tiny = np.float32(1 + 2**-12)
+    assert dot(np.array([[tiny]]), np.array([[tiny]]), np.array([[-1]], np.float32))[0, 0] == np.float32(
+        2**-11 + 2**-24
+    )

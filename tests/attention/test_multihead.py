@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import embedkernels as ek
 from embedkernels.ops.backend import triton_problem
@@ -85,20 +84,17 @@ def test_equal_to_the_stock_module(
     wide = copy.deepcopy(stock).double()
     doubles = {x: x.detach().double().requires_grad_() for x in given}
     expected = gradients(wide, [doubles[x] for x in given], upstream.double(), **options)
-    theirs = [gradients(stock, given, upstream, **options)]
-    with sdpa_kernel(SDPBackend.MATH):
-        theirs.append(gradients(stock, given, upstream, **options))
+    theirs = gradients(stock, given, upstream, **options)
     with ek.use_backend(backend):
         found = gradients(ours, given, upstream, **options)
-    for place, (mine, exact, *others) in enumerate(zip(found, expected, *theirs, strict=True)):
-        worse = max(others, key=lambda other: errors(other, exact))
+    for place, (mine, other, exact) in enumerate(zip(found, theirs, expected, strict=True)):
         if exact.shape == (3 * WIDTH,):
             # A key's bias adds the same to all scores of a query: its gradient is zero, and what rounding leaves of
             # that is chance.
             _, keys, values = mine.chunk(3)
             assert errors(keys, torch.zeros_like(keys))[0] <= 1e-5 * float(values.abs().max())
-            mine, worse, exact = (torch.cat([x[:WIDTH], x[2 * WIDTH :]]) for x in (mine, worse, exact))
-        assert_within_contract(mine, worse, exact, f"result {place}")
+            mine, other, exact = (torch.cat([x[:WIDTH], x[2 * WIDTH :]]) for x in (mine, other, exact))
+        assert_within_contract(mine, other, exact, f"result {place}")
 
 
 def test_other_widths_of_key_and_value(device: torch.device) -> None:

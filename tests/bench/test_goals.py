@@ -108,4 +108,5 @@ def test_the_report_names_what_is_missed_first(monkeypatch: pytest.MonkeyPatch) 
         "| embed | b, training | >= 2 x eager | 0.75 x | **not met** |",
         "| embed | a, training | >= 2 x eager | 3.00 x | met |",
         "| embed | a, training | >= 2 x Liger | 2.00 x | met |",
+        "| embed | b, training | >= 2 x Liger |  | not measured |",
     ]

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import embedkernels as ek
 from embedkernels.reference.sinusoids import sinusoids
@@ -361,6 +363,30 @@ def test_tables_may_be_the_same_tensor(device: torch.device) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(y, weight, upstream)[0], torch.autograd.grad(expected, weight, upstream)[0]
     )
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
+    width=st.integers(8, 70),  # below, a norm leaves next to nothing of a gradient but the rounding of its terms
+    dtype=st.sampled_from(DTYPES),
+    positions=st.sampled_from([*POSITIONS, *SINUSOIDS]),
+    types=st.sampled_from(TYPES),
+    norm=st.sampled_from([*NORMS, *RMS_NORMS]),
+    source=st.sampled_from(SOURCES),
+    extra=st.sampled_from(EXTRAS),
+    mask=st.sampled_from(MASKS),
+    packed=st.sampled_from(PACKED),
+    scale=st.sampled_from(SCALES),
+    dropout_first=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.9]),
+    id_dtype=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_small_call_meets_the_contract(shape, width, seed, **options):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert_contract(*(make(shape, width, device=device, **options) for _ in range(4)))
 
 
 @pytest.mark.parametrize("norm", ["both", "rms both"])

@@ -68,7 +68,7 @@ def test_any_call_meets_the_contract(
     kind: str, dtype: torch.dtype, data: st.DataObject, shape: tuple[int, ...], seed: int, **options: Any
 ) -> None:
     """Output and every gradient. Four calls with the same options, of 8 rows or more, are judged together: among few
-    elements it is chance whether one error is twice another. (Narrow rows and few are in ``test_embed_numerics``.)
+    elements it is chance whether one error is twice another. (Fewer and narrower rows: ``test_embed_numerics``.)
     """
     norm = data.draw(st.sampled_from(NORM_KINDS[kind]), label="norm")
     width = data.draw(st.integers(24, 70), label="width")
