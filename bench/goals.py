@@ -139,9 +139,11 @@ def _record(data: dict[str, Any], case: str) -> dict[str, Any] | None:
     return next((one for one in data["cases"] if one["name"] == case), None)
 
 
+def timed_in(case: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """What a pass of a case took, by rival; those whose results were wrong have no time."""
+    return {entry["rival"]: entry["passes"][name] for entry in case["rivals"] if name in entry["passes"]}
+
+
 def _time(record: dict[str, Any] | None, rival: str, name: str, clock: str) -> float | None:
-    """Of a rival whose results were right: others are not timed."""
-    entries = [] if record is None else record.get("rivals", [])
-    entry = next((one for one in entries if one["rival"] == rival), None)
-    found = None if entry is None else entry["passes"].get(name, {}).get(clock)
+    found = None if record is None else timed_in(record, name).get(rival, {}).get(clock)
     return None if found is None else float(found)

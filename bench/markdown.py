@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bench.ceilings import share_of_ceiling
-from bench.goals import MEASURED_ON, Goal, judge
+from bench.goals import MEASURED_ON, Goal, judge, timed_in
 
 LOSS_SHOWN = 1.02  # a rival must be this much faster to be called so: below, it is noise
 OUTPUT_LINES = 25
-
-
-def _timed(case: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    return {entry["rival"]: entry["passes"][name] for entry in case["rivals"] if name in entry["passes"]}
 
 
 def losses(suite: dict[str, Any]) -> list[str]:
@@ -20,7 +16,7 @@ def losses(suite: dict[str, Any]) -> list[str]:
     found = []
     for case in suite["cases"]:
         for name in case.get("floors", {}):
-            times = _timed(case, name)
+            times = timed_in(case, name)
             ours = times.get("ours")
             theirs = {
                 entry["rival"]: times[entry["rival"]]
@@ -67,7 +63,7 @@ def _suite(suite: dict[str, Any]) -> list[str]:
         if "not_run" in case or "error" in case:
             lines.append(f"| {case['name']} | | | | | | | | | | **{case.get('not_run') or case['error']}** |")
         for name in case.get("floors", {}):
-            times = _timed(case, name)
+            times = timed_in(case, name)
             base = times.get(case["rivals"][0]["rival"], {}).get("median_us")
             for entry in case["rivals"]:
                 timed = times.get(entry["rival"])

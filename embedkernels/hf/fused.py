@@ -321,6 +321,13 @@ def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     return forward
 
 
+def _arguments(function: Any) -> tuple[str, ...]:
+    """Names of the arguments of a plain function or a method, without the cost of a signature."""
+    code = function.__code__
+    names: tuple[str, ...] = code.co_varnames[: code.co_argcount]
+    return names
+
+
 def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Tensor]:
     """How the stock forward counts tokens that are not padding: with a method or with a function of its module.
 
@@ -333,7 +340,7 @@ def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Te
     def count(module: Any, input_ids: Tensor, past: Any) -> Tensor:
         if input_ids.is_floating_point():
             function = module.create_position_ids_from_inputs_embeds
-            more = (module.padding_idx,) if "padding_idx" in inspect.signature(function).parameters else ()
+            more = (module.padding_idx,) if "padding_idx" in _arguments(function) else ()
             return torch.as_tensor(function(input_ids, *more))
         function = getattr(module, positions.COUNT, None) or names[positions.COUNT]
         # Inductor fuses what stock does.

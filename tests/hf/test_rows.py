@@ -330,6 +330,8 @@ def test_torch_compile_takes_the_whole_graph(name):
     expected, _ = _run(stock, **call)
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**call), expected)
+    if (given := _calls(stock).get("embeddings")) is not None:
+        torch.testing.assert_close(compiled(**given), _run(stock, **given)[0])
     torch.compiler.reset()
 
 
