@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import embedkernels as ek
 from embedkernels.ops import attention as ops  # noqa: F401  defines the ops
 from tests.attention import cases
+from tests.properties import examples
 
 
 def bounds_of(mask: list[bool] | None, start: int | None, length: int | None, num_keys: int) -> tuple[int, int, int]:
@@ -23,7 +24,7 @@ def bounds_of(mask: list[bool] | None, start: int | None, length: int | None, nu
     return first, end, int(not all(counts[first:end]))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data(), num_keys=st.integers(1, 9))
 def test_bounds(data: st.DataObject, num_keys: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

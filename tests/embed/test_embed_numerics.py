@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import embedkernels as ek
@@ -25,6 +25,7 @@ from tests.embed.cases import (
     assert_contract,
     make,
 )
+from tests.properties import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -365,7 +366,7 @@ def test_tables_may_be_the_same_tensor(device: torch.device) -> None:
     )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(50)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
     width=st.integers(8, 70),  # below, a norm leaves next to nothing of a gradient but the rounding of its terms

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from embedkernels.reference.embedding import embedding_plan
 from embedkernels.reference.random import philox
 from tests.contract import assert_within_contract, poisoned
 from tests.embedding.cases import DISTRIBUTIONS, equal, fits, hot, poisoned_memory, uniform, zipf
+from tests.properties import examples
 
 pytestmark = pytest.mark.skipif(triton_problem() is not None, reason=str(triton_problem()))
 
@@ -428,7 +429,7 @@ def test_stochastic_rounding_of_what_is_not_finite(device: torch.device) -> None
         torch.testing.assert_close(ours, values, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(50)
 @given(data=st.data())
 def test_anything_at_all(device: torch.device, data: st.DataObject) -> None:
     """Small integers and powers of two add exactly in fp32: the very number, rounded once."""

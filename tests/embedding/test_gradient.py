@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from tests.embedding.cases import (
     uniform,
     zipf,
 )
+from tests.properties import examples
 
 backward = torch.ops.embedkernels.embedding_backward
 
@@ -252,7 +253,7 @@ def test_beyond_32_bit_offsets(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(25)
 @given(data=st.data())
 def test_any_ids_at_all(backend: str, device: torch.device, data: st.DataObject) -> None:
     """Small integers add exactly in fp32: every backend must give the very number."""

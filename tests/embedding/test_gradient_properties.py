@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import embedkernels as ek
 from tests.contract import errors
 from tests.embedding.cases import DISTRIBUTIONS, GRADIENT_BACKENDS, fits
+from tests.properties import examples
 
 FAST = [backend for backend in GRADIENT_BACKENDS if backend != "triton" or torch.cuda.is_available()]
 EVERY_BACKEND = pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
@@ -34,7 +35,7 @@ def of_distribution(name: str, n: int, rows: int, device: torch.device, dtype: t
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(120)
 @given(data=st.data())
 def test_any_size(backend: Any, device: torch.device, data: st.DataObject) -> None:
     """Dense and of rows; few columns where there are many ids, so that the reference is fast too."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ import embedkernels as ek
 from embedkernels.reference import random
 from tests.contract import assert_within_contract
 from tests.embedding.cases import DISTRIBUTIONS, GRADIENT_BACKENDS, fits, hot, poisoned_memory, uniform, zipf
+from tests.properties import examples
 
 PAIRS = [
     (torch.float32, torch.float32),
@@ -157,7 +158,7 @@ def test_frequencies_divide_as_in_stock(backend: Any, device: torch.device) -> N
 
 
 @EVERY_BACKEND
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(data=st.data())
 def test_any_sizes_and_options(backend: Any, device: torch.device, data: st.DataObject) -> None:
     """The three modes agree with float64 whatever the ids, shapes, strides, bags and weights."""

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrize
 
 import embedkernels as ek
+from tests.properties import examples
 
 
 def pair(*args: Any, **options: Any) -> tuple[ek.FusedEmbedding, nn.Embedding]:
@@ -36,7 +37,7 @@ def run(module: nn.Embedding, ids: Tensor, seed: int = 3) -> tuple[Tensor, Tenso
     return out, module.weight.grad.to_dense()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(data=st.data())
 def test_equal_to_the_stock_module(device: torch.device, data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 20))

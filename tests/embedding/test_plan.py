@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import embedkernels as ek
 from embedkernels.ops.embedding_grad import EmbeddingPlan
 from tests.embedding.cases import DISTRIBUTIONS, GRADIENT_BACKENDS, poisoned_memory
+from tests.properties import examples
 
 
 def segments(plan: EmbeddingPlan) -> list[tuple[int, list[int]]]:
@@ -61,7 +62,7 @@ def test_every_kept_position_is_in_the_segment_of_its_row_in_order(
 
 
 @pytest.mark.parametrize("backend", GRADIENT_BACKENDS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60)
 @given(data=st.data())
 def test_ids_outside_the_shard_and_padding_are_dropped(
     backend: str, device: torch.device, data: st.DataObject
