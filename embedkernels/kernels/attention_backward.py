@@ -33,6 +33,7 @@ from embedkernels.kernels.attention_blocks import (
     key_block_ranges,
     load_bounds,
     load_key_block,
+    load_limits,
     product,
     row_offset,
     split_program,
@@ -85,19 +86,24 @@ def _load_rows(rows_ptr, row, Sq, m0, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset, window_offset, scale_log2, dropout,
+def _collect(state, k, v, i, m_first, span, lead, skip, n0, h0, row0, queries, limits, scale_log2, dropout,
              GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, DIAGONAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """``state`` (dk, dv) after query block i of the loop over the group's heads, ``span`` blocks of each."""
+             BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, DIAGONAL: tl.constexpr, WINDOW: tl.constexpr,
+             RANGES: tl.constexpr):  # fmt: skip
+    """``state`` (dk, dv) after query block i of the loop over the group's heads, ``span`` blocks of each.
+
+    With RANGES, the first ``lead`` blocks of a head and those that follow are ``skip`` blocks apart.
+    """
     dk, dv = state
     q_ptr, grad_ptr, rows_ptr, q_stride_h, q_stride_s, grad_stride_h, grad_stride_s, Sq = queries
-    if GROUP == 1:
-        g = 0
-        m0 = (m_first + i) * BLOCK_M
-    else:
+    g = 0
+    if GROUP > 1:
         # The pipeline prepares the first round of a loop that may have none: never divide by 0.
         g = i // tl.maximum(span, 1)
-        m0 = (m_first + i - g * span) * BLOCK_M
+    m_block = i - g * span
+    if RANGES:
+        m_block += tl.where(m_block < lead, 0, skip)
+    m0 = (m_first + m_block) * BLOCK_M
     m64 = tl.cast(m0, tl.int64)
     h64 = tl.cast(h0 + g, tl.int64)
     ok = with_columns(m0 + tl.arange(0, BLOCK_M) < Sq, D, BLOCK_D)
@@ -108,11 +114,14 @@ def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset,
     lse, delta = _load_rows(rows_ptr, row0 + g, Sq, m0, BLOCK_M)
     p = tl.exp2(product(k, tl.trans(q)) * scale_log2 - lse[None, :])
     if DIAGONAL:
-        first_query = tl.arange(0, BLOCK_N) + (n0 - query_offset - m0)
+        first_query = tl.arange(0, BLOCK_N) + (n0 - limits[1] - m0)
         p = tl.where(first_query[:, None] <= tl.arange(0, BLOCK_M)[None, :], p, 0.0)
     if WINDOW:
-        last_query = tl.arange(0, BLOCK_N) + (n0 - window_offset - m0)
+        last_query = tl.arange(0, BLOCK_N) + (n0 - limits[0] - m0)
         p = tl.where(last_query[:, None] >= tl.arange(0, BLOCK_M)[None, :], p, 0.0)
+    if RANGES:
+        m = tl.arange(0, BLOCK_M)[None, :]
+        p = tl.where((m >= limits[0][:, None] - m0) & (m < limits[1][:, None] - m0), p, 0.0)
     dp = product(v, tl.trans(grad))
     dropped = p
     if DROPOUT:
@@ -126,20 +135,20 @@ def _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset,
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset", "window_offset"])
+@triton.jit(do_not_specialize=["ranges_stride_b", "Sq", "Sk", "query_offset", "window_offset"])
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dk_ptr, dv_ptr, bounds_ptr, mask_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dk_ptr, dv_ptr, bounds_ptr, mask_ptr, ranges_ptr, seed_ptr,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
     grad_stride_b, grad_stride_h, grad_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s,
     dv_stride_b, dv_stride_h, dv_stride_s,
-    mask_stride_b,
+    mask_stride_b, ranges_stride_b,
     H_kv, Sq, Sk, query_offset, window_offset, scale_log2, dk_scale, dv_scale, dropout_p,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     block, b, h_kv = split_program(tl.cdiv(Sk, BLOCK_N), H_kv)
     n0 = block * BLOCK_N
@@ -168,9 +177,24 @@ def attention_bwd_dkdv_kernel(
         m_blocks = tl.minimum(tl.cdiv(tl.maximum(n0 + BLOCK_N - window_offset, 0), BLOCK_M), m_blocks)
         m_first = tl.minimum(m_first, m_blocks)
         m_full = m_blocks
+    limits = (window_offset, query_offset)
+    lead = 0
+    skip = 0
+    if RANGES:
+        # [m_first, m_first + lead) and [m_first + lead + skip, m_blocks) are cut; those between see the whole block.
+        firsts = ranges_ptr + b.to(tl.int64) * ranges_stride_b + Sq
+        ends = firsts + Sq + Sk
+        last = tl.minimum(n0 + BLOCK_N, Sk) - 1
+        limits = (tl.load(firsts + n, mask=n < Sk, other=0), tl.load(ends + n, mask=n < Sk, other=0))
+        m_first = tl.load(firsts + n0) // BLOCK_M
+        m_blocks = tl.maximum(tl.cdiv(tl.load(ends + last), BLOCK_M), m_first)
+        lead = tl.maximum(tl.minimum(tl.cdiv(tl.load(firsts + last), BLOCK_M), m_blocks) - m_first, 0)
+        skip = tl.maximum(tl.load(ends + n0) // BLOCK_M - m_first - lead, 0)
     if (n0 >= end) | (n0 + BLOCK_N <= start):
         m_first = m_blocks
         m_full = m_blocks
+        lead = 0
+        skip = 0
     queries = (
         q_ptr + b.to(tl.int64) * q_stride_b, grad_ptr + b.to(tl.int64) * grad_stride_b, rows_ptr,
         q_stride_h, q_stride_s, grad_stride_h, grad_stride_s, Sq,
@@ -179,18 +203,23 @@ def attention_bwd_dkdv_kernel(
     row0 = (b * H_kv + h_kv) * GROUP
     state = (tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32), tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32))
     # One loop over (head of the group, query block): nested loops would cost some 30 registers.
-    if CAUSAL or WINDOW:
+    if CAUSAL or WINDOW or RANGES:
         span = m_full - m_first
+        if RANGES:
+            span = m_blocks - m_first - skip
+            m_full = m_first + lead
         for i in range(GROUP * span):
-            state = _collect(state, k, v, i, m_first, span, n0, h0, row0, queries, query_offset, window_offset,
-                             scale_log2, dropout, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, CAUSAL,
-                             WINDOW)  # fmt: skip
+            state = _collect(state, k, v, i, m_first, span, lead, skip, n0, h0, row0, queries, limits, scale_log2,
+                             dropout, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, CAUSAL, WINDOW,
+                             RANGES)  # fmt: skip
     if not WINDOW:
         span = m_blocks - m_full
+        if RANGES:
+            span = skip
         for i in range(GROUP * span):
-            state = _collect(state, k, v, i, m_full, span, n0, h0, row0, queries, query_offset, window_offset,
-                             scale_log2, dropout, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DIAGONAL=False,
-                             WINDOW=False)  # fmt: skip
+            state = _collect(state, k, v, i, m_full, span, 0, 0, n0, h0, row0, queries, limits, scale_log2, dropout,
+                             GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, DIAGONAL=False, WINDOW=False,
+                             RANGES=False)  # fmt: skip
 
     # A key's row of dk and dv depends on no other key, so that masked keys need no care before here.
     dk, dv = state
@@ -204,15 +233,15 @@ def attention_bwd_dkdv_kernel(
 
 
 @triton.jit
-def _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, window_offset, scale_log2, dropout,
+def _distribute(dq, q, grad, lse, delta, n0, m0, keys, limits, scale_log2, dropout,
                 D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-                MASKED: tl.constexpr):  # fmt: skip
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, HAS_MASK: tl.constexpr,
+                DROPOUT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """``dq`` after the keys of the block at n0."""
     k, v, valid = load_key_block(n0, keys, D, BLOCK_D, BLOCK_N, HAS_MASK, MASKED)
     p = tl.exp2(product(q, tl.trans(k)) * scale_log2 - lse[:, None])
     if MASKED:
-        visible = visible_pairs(valid, m0, n0, query_offset, window_offset, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        visible = visible_pairs(valid, m0, n0, limits, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGES)
         p = tl.where(visible, p, 0.0)
     dp = product(grad, tl.trans(v))
     if DROPOUT:
@@ -222,19 +251,19 @@ def _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, window_offs
     return product(ds.to(k.dtype), k, dq)
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset", "window_offset"])
+@triton.jit(do_not_specialize=["ranges_stride_b", "Sq", "Sk", "query_offset", "window_offset"])
 def attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dq_ptr, bounds_ptr, mask_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, rows_ptr, dq_ptr, bounds_ptr, mask_ptr, ranges_ptr, seed_ptr,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
     grad_stride_b, grad_stride_h, grad_stride_s,
     dq_stride_b, dq_stride_h, dq_stride_s,
-    mask_stride_b,
+    mask_stride_b, ranges_stride_b,
     H, Sq, Sk, query_offset, window_offset, scale_log2, dq_scale, dropout_p,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(Sq, BLOCK_M)
     block, b, h = split_program(n_blocks, H)
@@ -254,8 +283,11 @@ def attention_bwd_dq_kernel(
     dropout = (seed, row, dropout_p)
 
     start, end, holes = load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS)
+    limits, edges = load_limits(
+        ranges_ptr, b, ranges_stride_b, m0, Sq, Sk, query_offset, window_offset, BLOCK_M, RANGES
+    )
     first, lead, full_first, full_last, masked = key_block_ranges(
-        start, end, holes, m0, Sq, query_offset, window_offset, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+        start, end, holes, m0, Sq, limits, edges, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGES
     )
     keys = (
         k_ptr + b.to(tl.int64) * k_stride_b + (h // GROUP).to(tl.int64) * k_stride_h,
@@ -264,13 +296,12 @@ def attention_bwd_dq_kernel(
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for i in range(full_first, full_last):
-        dq = _distribute(dq, q, grad, lse, delta, i * BLOCK_N, m0, keys, query_offset, window_offset,
-                         scale_log2, dropout, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_MASK, DROPOUT,
-                         MASKED=False)  # fmt: skip
+        dq = _distribute(dq, q, grad, lse, delta, i * BLOCK_N, m0, keys, limits, scale_log2, dropout, D, BLOCK_D,
+                         BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGES, HAS_MASK, DROPOUT, MASKED=False)  # fmt: skip
     for i in range(masked):
         n0 = tl.where(i < lead, first + i, full_last + i - lead) * BLOCK_N
-        dq = _distribute(dq, q, grad, lse, delta, n0, m0, keys, query_offset, window_offset, scale_log2, dropout,
-                         D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
+        dq = _distribute(dq, q, grad, lse, delta, n0, m0, keys, limits, scale_log2, dropout, D, BLOCK_D,
+                         BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGES, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
     dq_tile = dq_ptr + row_offset(b, h, m0, (dq_stride_b, dq_stride_h, dq_stride_s))
     dq = (dq * dq_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_tile + tile_offsets(dq_stride_s, BLOCK_M, BLOCK_D), dq, mask=ok)
@@ -291,6 +322,7 @@ def backward(
     lse: Tensor,
     bounds: Tensor | None,
     key_mask: Tensor | None,
+    ranges: Tensor | None,
     seed: Tensor | None,
     dq: Tensor | None,
     dk: Tensor | None,
@@ -328,14 +360,15 @@ def backward(
         # Pointers that a variant does not use still need a value.
         rows if bounds is None else bounds,
         rows if key_mask is None else key_mask.view(torch.uint8),
+        rows if ranges is None else ranges,
         rows if seed is None else seed,
     )
     inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
-    mask_stride = 0 if key_mask is None else key_mask.stride(0)
+    mask_strides = (0 if key_mask is None else key_mask.stride(0), 0 if ranges is None else ranges.stride(0))
     features = {
         "GROUP": group, "D": head_size, "BLOCK_D": width, "CAUSAL": is_causal,
-        "WINDOW": window_offset is not None, "HAS_BOUNDS": bounds is not None, "HAS_MASK": key_mask is not None,
-        "DROPOUT": dropout_p > 0,
+        "WINDOW": window_offset is not None, "RANGES": ranges is not None, "HAS_BOUNDS": bounds is not None,
+        "HAS_MASK": key_mask is not None, "DROPOUT": dropout_p > 0,
     }  # fmt: skip
     kept = keep_scale(dropout_p)
     lower = 0 if window_offset is None else window_offset
@@ -343,7 +376,7 @@ def backward(
         tile = tiles.dkdv
         arguments = (
             query, key, value, grad, rows, dk, dv, *masks, *inputs, *dk.stride()[:3], *dv.stride()[:3],
-            mask_stride, heads_kv, num_queries, num_keys, query_offset, lower, scale * LOG2_E, scale * kept, kept,
+            *mask_strides, heads_kv, num_queries, num_keys, query_offset, lower, scale * LOG2_E, scale * kept, kept,
             dropout_p,
         )  # fmt: skip
         constexprs = {**features, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
@@ -353,7 +386,7 @@ def backward(
         tile = tiles.dq
         arguments = (
             query, key, value, grad, rows, dq, *masks, *inputs, *dq.stride()[:3],
-            mask_stride, heads, num_queries, num_keys, query_offset, lower, scale * LOG2_E, scale * kept, dropout_p,
+            *mask_strides, heads, num_queries, num_keys, query_offset, lower, scale * LOG2_E, scale * kept, dropout_p,
         )  # fmt: skip
         constexprs = {**features, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         grid = (blocks(num_queries, tile.block_m) * heads * batch,)

@@ -73,8 +73,29 @@ def load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS: tl.constexpr):
 
 
 @triton.jit
-def key_block_ranges(start, end, holes, m0, Sq, query_offset, window_offset, BLOCK_M: tl.constexpr,
-                     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+def load_limits(ranges_ptr, b, ranges_stride_b, m0, Sq, Sk, query_offset, window_offset, BLOCK_M: tl.constexpr,
+                RANGES: tl.constexpr):  # fmt: skip
+    """What the queries [m0, m0 + BLOCK_M) see, as :func:`visible_pairs` takes it, and as :func:`key_block_ranges` does.
+
+    With RANGES the first key and the end of the keys of every query, (BLOCK_M,) each, and of the first and the last
+    query; else the offsets.
+    """
+    limits = (window_offset, query_offset)
+    edges = (0, 0, 0, 0)
+    if RANGES:
+        # Of each of Sq queries the first key, of each of Sk keys the first query; then the ends of these.
+        firsts = ranges_ptr + b.to(tl.int64) * ranges_stride_b
+        ends = firsts + Sq + Sk
+        m = m0 + tl.arange(0, BLOCK_M)
+        last = tl.minimum(m0 + BLOCK_M, Sq) - 1
+        limits = (tl.load(firsts + m, mask=m < Sq, other=0), tl.load(ends + m, mask=m < Sq, other=0))
+        edges = (tl.load(firsts + m0), tl.load(ends + m0), tl.load(firsts + last), tl.load(ends + last))
+    return limits, edges
+
+
+@triton.jit
+def key_block_ranges(start, end, holes, m0, Sq, limits, edges, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr):  # fmt: skip
     """The key blocks that the queries [m0, m0 + BLOCK_M) visit.
 
     Returns (first, lead, full_first, full_last, masked): the blocks [full_first, full_last) are visible as a whole;
@@ -83,13 +104,19 @@ def key_block_ranges(start, end, holes, m0, Sq, query_offset, window_offset, BLO
     visible_end = end
     full_end = end
     if CAUSAL:
-        visible_end = tl.minimum(end, tl.maximum(tl.minimum(m0 + BLOCK_M, Sq) + query_offset, 0))
-        full_end = tl.minimum(end, tl.maximum(m0 + 1 + query_offset, 0))
+        visible_end = tl.minimum(end, tl.maximum(tl.minimum(m0 + BLOCK_M, Sq) + limits[1], 0))
+        full_end = tl.minimum(end, tl.maximum(m0 + 1 + limits[1], 0))
     visible_start = start
     full_start = start
     if WINDOW:
-        visible_start = tl.maximum(start, m0 + window_offset)
-        full_start = tl.maximum(start, tl.minimum(m0 + BLOCK_M, Sq) - 1 + window_offset)
+        visible_start = tl.maximum(start, m0 + limits[0])
+        full_start = tl.maximum(start, tl.minimum(m0 + BLOCK_M, Sq) - 1 + limits[0])
+    if RANGES:
+        # Neither a first key nor an end is less than that of the query before.
+        visible_start = tl.maximum(start, edges[0])
+        full_end = tl.minimum(end, edges[1])
+        full_start = tl.maximum(start, edges[2])
+        visible_end = tl.minimum(end, edges[3])
     first = visible_start // BLOCK_N
     last = tl.maximum(tl.cdiv(visible_end, BLOCK_N), first)
     full_first = tl.minimum(tl.cdiv(full_start, BLOCK_N), last)
@@ -131,16 +158,19 @@ def load_key_block(n0, keys, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
-def visible_pairs(valid, m0, n0, query_offset, window_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+def visible_pairs(valid, m0, n0, limits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+                  WINDOW: tl.constexpr, RANGES: tl.constexpr):  # fmt: skip
     """(BLOCK_M, BLOCK_N) or (1, BLOCK_N): True where a query sees a key. ``valid`` (BLOCK_N,): keys that count."""
     visible = valid[None, :]
     if CAUSAL:
-        last_key = tl.arange(0, BLOCK_M) + (m0 + query_offset - n0)
+        last_key = tl.arange(0, BLOCK_M) + (m0 + limits[1] - n0)
         visible = visible & (tl.arange(0, BLOCK_N)[None, :] <= last_key[:, None])
     if WINDOW:
-        first_key = tl.arange(0, BLOCK_M) + (m0 + window_offset - n0)
+        first_key = tl.arange(0, BLOCK_M) + (m0 + limits[0] - n0)
         visible = visible & (tl.arange(0, BLOCK_N)[None, :] >= first_key[:, None])
+    if RANGES:
+        n = tl.arange(0, BLOCK_N)[None, :]
+        visible = visible & (n >= limits[0][:, None] - n0) & (n < limits[1][:, None] - n0)
     return visible
 
 

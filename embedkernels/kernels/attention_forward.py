@@ -27,6 +27,7 @@ from embedkernels.kernels.attention_blocks import (
     key_block_ranges,
     load_bounds,
     load_key_block,
+    load_limits,
     product,
     row_offset,
     split_program,
@@ -45,16 +46,16 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend(state, q, n0, m0, keys, query_offset, window_offset, scale_log2, dropout,
+def _attend(state, q, n0, m0, keys, limits, scale_log2, dropout,
             D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, HAS_MASK: tl.constexpr,
+            DROPOUT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """``state`` (weighted sum of v, sum of exponentials, highest score) after the keys of the block at n0."""
     acc, total, highest = state
     k, v, valid = load_key_block(n0, keys, D, BLOCK_D, BLOCK_N, HAS_MASK, MASKED)
     s = product(q, tl.trans(k))
     if MASKED:
-        visible = visible_pairs(valid, m0, n0, query_offset, window_offset, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        visible = visible_pairs(valid, m0, n0, limits, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGES)
         s = tl.where(visible, s, float("-inf"))
     # One fused multiply-add per score: scaling first would round scores in the hundreds.
     new_highest = tl.maximum(highest, tl.max(s, 1) * scale_log2)
@@ -72,18 +73,18 @@ def _attend(state, q, n0, m0, keys, query_offset, window_offset, scale_log2, dro
     return acc, total, new_highest
 
 
-@triton.jit(do_not_specialize=["Sq", "Sk", "query_offset", "window_offset"])
+@triton.jit(do_not_specialize=["ranges_stride_b", "Sq", "Sk", "query_offset", "window_offset"])
 def attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bounds_ptr, mask_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bounds_ptr, mask_ptr, ranges_ptr, seed_ptr,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
     out_stride_b, out_stride_h, out_stride_s,
-    mask_stride_b,
+    mask_stride_b, ranges_stride_b,
     H, Sq, Sk, query_offset, window_offset, scale_log2, dropout_p, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, HAS_BOUNDS: tl.constexpr,
+    HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(Sq, BLOCK_M)
     block, b, h = split_program(n_blocks, H)
@@ -101,8 +102,11 @@ def attention_fwd_kernel(
     dropout = (seed, row, dropout_p)
 
     start, end, holes = load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS)
+    limits, edges = load_limits(
+        ranges_ptr, b, ranges_stride_b, m0, Sq, Sk, query_offset, window_offset, BLOCK_M, RANGES
+    )
     first, lead, full_first, full_last, masked = key_block_ranges(
-        start, end, holes, m0, Sq, query_offset, window_offset, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+        start, end, holes, m0, Sq, limits, edges, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, RANGES
     )
     keys = (
         k_ptr + b.to(tl.int64) * k_stride_b + (h // GROUP).to(tl.int64) * k_stride_h,
@@ -115,12 +119,12 @@ def attention_fwd_kernel(
         tl.full([BLOCK_M], float("-inf"), dtype=tl.float32),
     )
     for i in range(full_first, full_last):
-        state = _attend(state, q, i * BLOCK_N, m0, keys, query_offset, window_offset, scale_log2, dropout,
-                        D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_MASK, DROPOUT, MASKED=False)  # fmt: skip
+        state = _attend(state, q, i * BLOCK_N, m0, keys, limits, scale_log2, dropout, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                        CAUSAL, WINDOW, RANGES, HAS_MASK, DROPOUT, MASKED=False)  # fmt: skip
     for i in range(masked):
         n0 = tl.where(i < lead, first + i, full_last + i - lead) * BLOCK_N
-        state = _attend(state, q, n0, m0, keys, query_offset, window_offset, scale_log2, dropout,
-                        D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
+        state = _attend(state, q, n0, m0, keys, limits, scale_log2, dropout, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                        CAUSAL, WINDOW, RANGES, HAS_MASK, DROPOUT, MASKED=True)  # fmt: skip
 
     acc, total, highest = state
     empty = total == 0.0
@@ -142,6 +146,7 @@ def forward(
     value: Tensor,
     bounds: Tensor | None,
     key_mask: Tensor | None,
+    ranges: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -164,16 +169,18 @@ def forward(
         # Pointers that a variant does not use still need a value.
         lse if bounds is None else bounds,
         lse if key_mask is None else key_mask.view(torch.uint8),
+        lse if ranges is None else ranges,
         lse if seed is None else seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0),
+        0 if key_mask is None else key_mask.stride(0), 0 if ranges is None else ranges.stride(0),
         heads, num_queries, num_keys, query_offset, 0 if window_offset is None else window_offset, scale * LOG2_E,
         dropout_p, keep_scale(dropout_p),
     )  # fmt: skip
     constexprs = {
         "GROUP": heads // heads_kv, "D": head_size, "BLOCK_D": block_d(head_size), "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "CAUSAL": is_causal, "WINDOW": window_offset is not None,
-        "HAS_BOUNDS": bounds is not None, "HAS_MASK": key_mask is not None, "DROPOUT": dropout_p > 0,
+        "RANGES": ranges is not None, "HAS_BOUNDS": bounds is not None, "HAS_MASK": key_mask is not None,
+        "DROPOUT": dropout_p > 0,
     }  # fmt: skip
     grid = (blocks(num_queries, tile.block_m) * heads * batch,)
     _launch(grid, arguments, constexprs, **tile.options())

@@ -15,13 +15,16 @@ from typing import Any
 from embedkernels.kernels.attention_tiles import TARGETS, Tiles, shipped_tiles, unaligned_tiles
 from embedkernels.kernels.specs import CompileSpec
 
-_POINTERS = {"lse_ptr": "*fp32", "rows_ptr": "*fp32", "bounds_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
+_POINTERS = {
+    "lse_ptr": "*fp32", "rows_ptr": "*fp32", "bounds_ptr": "*i32", "mask_ptr": "*u8",
+    "ranges_ptr": "*i32", "seed_ptr": "*i64",
+}  # fmt: skip
 _FLOATS = ("scale_log2", "dropout_p", "keep_scale", "dk_scale", "dv_scale", "dq_scale")
 
 
 # Head sizes that do not fill their tile; and those that are no multiple of 16, which have tiles of their own.
 REDUCED = {("bf16", 64): 48, ("bf16", 128): 96, ("fp32", 128): 96}
-# Every feature and a window.
+# Every feature and a window; and, with ranges in place of causal order, packed documents.
 WINDOWED = frozenset({("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)})
 UNALIGNED = {32: 24, 64: 40, 128: 72}
 # Without dropout, causal order, bounds and mask, and with one query head per key head, unless said otherwise.
@@ -76,10 +79,12 @@ class Variant:
     group: int = 3
     single: bool = False
     window: bool = False
+    ranges: bool = False
 
     @property
     def label(self) -> str:
-        """``"sm_90,d64,causal,dropout,bf16"``; every feature on but for dropout and a window goes without saying."""
+        """``"sm_90,d64,causal,dropout,bf16"``; every feature on but for dropout, a window and ranges
+        goes without saying."""
         words = [self.family, f"d{self.head_size}"]
         if not (self.causal and self.bounds and self.mask):
             known = {"causal": self.causal, "bounds": self.bounds and not self.mask, "mask": self.mask}
@@ -87,6 +92,7 @@ class Variant:
         words += [f"group {self.group}"] if self.group != 3 else []
         words += ["single"] if self.single else []
         words += ["window"] if self.window else []
+        words += ["ranges"] if self.ranges else []
         words += ["dropout"] if self.dropout else []
         return ",".join([*words, self.dtype])
 
@@ -97,7 +103,7 @@ def spec(kernel: Any, which: str, variant: Variant, tiles: Tiles) -> CompileSpec
     constexprs = {
         "GROUP": variant.group, "D": variant.head_size, "BLOCK_D": variant.width,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "CAUSAL": variant.causal, "WINDOW": variant.window,
-        "HAS_BOUNDS": variant.bounds, "HAS_MASK": variant.mask, "DROPOUT": variant.dropout,
+        "RANGES": variant.ranges, "HAS_BOUNDS": variant.bounds, "HAS_MASK": variant.mask, "DROPOUT": variant.dropout,
     }  # fmt: skip
     if variant.single:
         constexprs |= {name: 1 for name in ("H", "H_kv", "mask_stride_b") if name in kernel.arg_names}
@@ -112,7 +118,7 @@ def spec(kernel: Any, which: str, variant: Variant, tiles: Tiles) -> CompileSpec
     aligned = {n for n in signature if n.endswith("_ptr") or ("_stride_" in n and variant.head_size % 16 == 0)}
     return CompileSpec(
         f"{kernel.__name__}[{variant.label}]", kernel, signature, constexprs, tile.num_warps, tile.num_stages,
-        frozenset(aligned - {"mask_stride_b"}), TARGETS[variant.family], tile.max_registers,
+        frozenset(aligned - {"mask_stride_b", "ranges_stride_b"}), TARGETS[variant.family], tile.max_registers,
     )  # fmt: skip
 
 
@@ -164,6 +170,7 @@ def listed(kernel: Any, which: str) -> list[CompileSpec]:
             add(variant, tiles)
         if (variant.dtype, variant.width) in WINDOWED and variant.dropout:
             add(replace(variant, window=True), tiles)
+            add(replace(variant, causal=False, ranges=True), tiles)
         if (variant.dtype, variant.width) in REDUCED and variant.dropout:
             add(replace(variant, head_size=REDUCED[variant.dtype, variant.width]), tiles)
         if variant.dtype != "fp16" and variant.width in UNALIGNED and variant.dropout:

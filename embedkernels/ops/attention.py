@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from embedkernels.ops import ids as id_errors
 from embedkernels.ops.attention_checks import (
     autocast_dtype,
+    check_documents,
     check_dtypes,
     check_heads,
     check_masks,
@@ -23,6 +24,7 @@ from embedkernels.ops.attention_checks import (
     checked_values,
     checked_window,
 )
+from embedkernels.ops.attention_documents import attention_by_document, can_be_read
 from embedkernels.ops.backend import Backend, Choice, check_stock_autograd, choose, needs_stock_autograd
 from embedkernels.ops.eager import any_requires_grad, apply, is_eager, shown_as
 from embedkernels.ops.layout import empty_in_order_of
@@ -51,6 +53,8 @@ def attention(
     key_starts: Tensor | None = None,
     query_offset: int = 0,
     window: tuple[int | None, int | None] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Scaled dot-product attention; the first arguments are those of ``scaled_dot_product_attention``.
@@ -66,7 +70,7 @@ def attention(
         query: (B, H, Sq, D); float32, bfloat16 or float16. Any strides; copied only if the last is not 1.
         key, value: (B, Hkv, Sk, D), dtype and device of ``query``.
         attn_mask: boolean or additive mask, as for ``scaled_dot_product_attention``, which then computes the call.
-            It excludes the masks below, ``query_offset`` and ``window``.
+            It excludes the masks below, ``query_offset``, ``window`` and ``cu_seqlens_q``.
         dropout_p: probability of dropping a weight, in [0, 1]. Applied whenever it is not 0: pass 0 in evaluation.
             Kept weights are scaled by 1/(1 - p).
         is_causal: query i sees the keys up to i + ``query_offset``.
@@ -79,6 +83,13 @@ def attention(
         window: (left, right): query i sees the keys from i + ``query_offset`` - left to i + ``query_offset`` + right,
             each side 0 or more keys or None for no end. In causal order the right side is 0. Keys outside of all
             windows of a block of queries cost nothing.
+        cu_seqlens_q: int32 or int64 (N + 1,): each row of the batch holds N documents, document d the queries
+            [cu_seqlens_q[d], cu_seqlens_q[d + 1]). A query sees only keys of its document; pairs of two documents
+            cost nothing but for those in a block with others. The last query of a document is at its last key, as
+            in FlashAttention: order and window count from there, and ``query_offset`` must be 0. Tokens of no
+            document see nothing. Ends must not decrease; on a GPU nobody looks, and others give wrong numbers, but
+            nothing outside of the tensors is read or written.
+        cu_seqlens_k: the same for the keys; ``cu_seqlens_q`` if None.
         backend: ``"triton"``, ``"torch"`` (which is ``scaled_dot_product_attention``) or None for the best there is.
 
     Returns:
@@ -107,10 +118,10 @@ def attention(
     id_errors.begin_without_ids(query.device)
     stock = needs_stock_autograd(query, key, value, attn_mask if isinstance(attn_mask, Tensor) else None)
     if attn_mask is not None:
-        if any(mask is not None for mask in masks) or query_offset != 0 or window is not None:
+        if any(mask is not None for mask in (*masks, window, cu_seqlens_q, cu_seqlens_k)) or query_offset != 0:
             raise ValueError(
-                "attention: attn_mask excludes key_mask, key_lengths, key_starts, query_offset and window: "
-                "put them into attn_mask"
+                "attention: attn_mask excludes key_mask, key_lengths, key_starts, query_offset, window and "
+                "cu_seqlens_q: put them into attn_mask"
             )
         if backend == "triton":
             raise RuntimeError(
@@ -125,16 +136,23 @@ def attention(
             )
     check_shapes(query, key, value)
     check_masks(query, key, *masks)
+    check_documents(query, cu_seqlens_q, cu_seqlens_k, query_offset)
     check_heads(query, key, enable_gqa)
     check_dtypes(query, key, value)
     if stock:
         check_stock_autograd("attention", query.device, backend)
     if stock or attention_backend(query, key, value, backend).backend == "torch":
+        documents = (cu_seqlens_q, cu_seqlens_k)
+        if cu_seqlens_q is not None and masks == (None, None, None) and can_be_read(query, key, value, *documents):
+            return attention_by_document(
+                query, key, value, cu_seqlens_q, cu_seqlens_k, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                window=window,
+            )  # fmt: skip
         with _implementations(stock):
             return reference.sdpa(
                 query, key, value, dropout_p, is_causal, scale,
                 key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
-                window=window,
+                window=window, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             )  # fmt: skip
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
@@ -153,19 +171,38 @@ def attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), device=query.device)
-    # An order or a window that hides nothing costs masks for nothing. A right side is an order that begins later.
-    lower, upper = reference.window_offsets(query.shape[2], key.shape[2], is_causal, query_offset, window)
+    ranges, lower, upper = None, None, None
+    if cu_seqlens_q is not None:
+        ranges = _document_ranges(cu_seqlens_q, cu_seqlens_k, query.shape[2], key.shape[2], is_causal, window)
+    else:
+        # An order or a window that hides nothing costs masks for nothing. A right side is an order that begins later.
+        lower, upper = reference.window_offsets(query.shape[2], key.shape[2], is_causal, query_offset, window)
     given = (
-        query, key, value, bounds, key_mask, seed, scale, upper is not None,
+        query, key, value, bounds, key_mask, ranges, seed, scale, upper is not None,
         query_offset if upper is None else upper, dropout_p, lower,
     )  # fmt: skip
-    if not is_eager(*given[:6]):
+    if not is_eager(*given[:7]):
         out: Tensor = torch.ops.embedkernels.attention_forward(*given)[0]
     elif any_requires_grad(query, key, value):
         out = apply(Attention, *given)
     else:
         out = _forward(*given)[0]
     return out
+
+
+def _document_ranges(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+) -> Tensor:
+    left, right = (None, None) if window is None else window
+    of_q, of_k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    call = _ranges if is_eager(of_q, of_k) else torch.ops.embedkernels.attention_ranges
+    ranges: Tensor = call(of_q, of_k, num_queries, num_keys, left, 0 if is_causal else right)
+    return ranges
 
 
 def _implementations(stock: bool) -> contextlib.AbstractContextManager[None]:
@@ -245,14 +282,18 @@ _library.define(
     "-> Tensor"
 )
 _library.define(
-    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, Tensor? seed, "
-    "float scale, bool is_causal, SymInt query_offset, float dropout_p, SymInt? window_offset=None) "
-    "-> (Tensor out, Tensor lse)"
+    "attention_ranges(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt num_queries, SymInt num_keys, SymInt? left, "
+    "SymInt? right) -> Tensor"
+)
+_library.define(
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? key_mask, "
+    "Tensor? ranges, Tensor? seed, float scale, bool is_causal, SymInt query_offset, float dropout_p, "
+    "SymInt? window_offset=None) -> (Tensor out, Tensor lse)"
 )
 _library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? bounds, "
-    "Tensor? key_mask, Tensor? seed, float scale, bool is_causal, SymInt query_offset, float dropout_p, "
-    "SymInt? window_offset, bool needs_query, bool needs_key_value) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "Tensor? key_mask, Tensor? ranges, Tensor? seed, float scale, bool is_causal, SymInt query_offset, "
+    "float dropout_p, SymInt? window_offset, bool needs_query, bool needs_key_value) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -270,6 +311,25 @@ def _key_bounds_impl(
 _key_bounds = shown_as("embedkernels::attention_key_bounds")(_key_bounds_impl)
 
 
+def _ranges_impl(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int, left: int | None, right: int | None
+) -> Tensor:
+    from embedkernels.kernels.attention_ranges import document_ranges
+
+    ranges = _empty_ranges(cu_seqlens_q, num_queries, num_keys)
+    if cu_seqlens_q.dtype != cu_seqlens_k.dtype:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+    document_ranges(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), num_queries, left, right, ranges)
+    return ranges
+
+
+def _empty_ranges(cu_seqlens: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    return cu_seqlens.new_empty((1, 2, num_queries + num_keys), dtype=torch.int32)
+
+
+_ranges = shown_as("embedkernels::attention_ranges")(_ranges_impl)
+
+
 def _forward_impl(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     id_errors.raise_pending(query.device)
     return _launch_forward(query, *rest)
@@ -281,6 +341,7 @@ def _launch_forward(
     value: Tensor,
     bounds: Tensor | None,
     key_mask: Tensor | None,
+    ranges: Tensor | None,
     seed: Tensor | None,
     scale: float,
     is_causal: bool,
@@ -292,7 +353,7 @@ def _launch_forward(
 
     out, lse = _forward_outputs(query)
     forward(
-        _near(query), _near(key), _near(value), bounds, _unit(key_mask), seed, out, lse,
+        _near(query), _near(key), _near(value), bounds, _unit(key_mask), ranges, seed, out, lse,
         scale=scale, is_causal=is_causal, query_offset=query_offset, window_offset=window_offset, dropout_p=dropout_p,
     )  # fmt: skip
     return out, lse
@@ -310,6 +371,7 @@ def _backward_impl(
     lse: Tensor,
     bounds: Tensor | None,
     key_mask: Tensor | None,
+    ranges: Tensor | None,
     seed: Tensor | None,
     scale: float,
     is_causal: bool,
@@ -324,7 +386,7 @@ def _backward_impl(
     dq, dk, dv = _backward_outputs(query, key, value, needs_query, needs_key_value)
     backward(
         _near(grad), _near(query), _near(key), _near(value), _near(out), lse.contiguous(),
-        None if bounds is None else bounds.contiguous(), _unit(key_mask), seed,
+        None if bounds is None else bounds.contiguous(), _unit(key_mask), ranges, seed,
         dq if needs_query else None, dk if needs_key_value else None, dv if needs_key_value else None,
         scale=scale, is_causal=is_causal, query_offset=query_offset, window_offset=window_offset, dropout_p=dropout_p,
     )  # fmt: skip
@@ -360,6 +422,7 @@ def _unit(x: Tensor | None) -> Tensor | None:
 
 
 _library.impl("attention_key_bounds", _key_bounds_impl, "CompositeExplicitAutograd")
+_library.impl("attention_ranges", _ranges_impl, "CompositeExplicitAutograd")
 _library.impl("attention_forward", _forward_impl, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward_impl, "CompositeExplicitAutograd")
 
@@ -376,6 +439,18 @@ def _key_bounds_fake(
     return given.new_empty((batch, 3), dtype=torch.int32)
 
 
+@torch.library.register_fake("embedkernels::attention_ranges", lib=_library)
+def _ranges_fake(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,  # noqa: ARG001
+    num_queries: int,
+    num_keys: int,
+    left: int | None,  # noqa: ARG001
+    right: int | None,  # noqa: ARG001
+) -> Tensor:
+    return _empty_ranges(cu_seqlens_q, num_queries, num_keys)
+
+
 @torch.library.register_fake("embedkernels::attention_forward", lib=_library)
 def _forward_fake(query, *_):  # type: ignore[no-untyped-def]
     return _forward_outputs(query)
@@ -387,15 +462,15 @@ def _backward_fake(grad, query, key, value, *rest):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, bounds, key_mask, seed, *ctx.settings = inputs
+    query, key, value, bounds, key_mask, ranges, seed, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, seed)
+    ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, ranges, seed)
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if grad is None:
         return None, None, None, *nothing
     needs_query, needs_key, needs_value = ctx.needs_input_grad[:3]
@@ -419,9 +494,9 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         out, lse = _forward(*inputs)
-        query, key, value, bounds, key_mask, seed, *ctx.settings = inputs
+        query, key, value, bounds, key_mask, ranges, seed, *ctx.settings = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, seed)
+        ctx.save_for_backward(query, key, value, out, lse, bounds, key_mask, ranges, seed)
         return out
 
     backward = staticmethod(_backward)

@@ -119,6 +119,28 @@ def check_masks(
             raise ValueError(f"attention: query is on {query.device}, {name} is on {x.device}")
 
 
+def check_documents(
+    query: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, query_offset: int
+) -> None:
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("attention: cu_seqlens_k needs cu_seqlens_q")
+        return
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if x is None and name == "cu_seqlens_k":
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"attention: {name} must be an int32 or int64 Tensor, got {got}")
+        if x.dim() != 1 or x.shape[0] == 0 or x.shape[0] != cu_seqlens_q.shape[0]:
+            expected = "(N + 1,)" if name == "cu_seqlens_q" else f"{tuple(cu_seqlens_q.shape)}, as cu_seqlens_q"
+            raise ValueError(f"attention: {name} must have shape {expected}, got {tuple(x.shape)}")
+        if x.device != query.device:
+            raise ValueError(f"attention: query is on {query.device}, {name} is on {x.device}")
+    if query_offset != 0:
+        raise ValueError(f"attention: query_offset must be 0 with cu_seqlens_q, got {query_offset}")
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which autocast, if it is on, runs an op on ``x``; as SDPA, it leaves float64 alone."""
     device = x.device.type

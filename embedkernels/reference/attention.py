@@ -25,6 +25,8 @@ def visible_keys(
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_starts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | None:
     """Which keys a query sees, as a mask for ``scaled_dot_product_attention``; None if that is all of them.
 
@@ -37,6 +39,8 @@ def visible_keys(
             for no end on that side.
         key_mask: bool (B, Sk), True for keys that count.
         key_lengths, key_starts: (B,) integers: the keys in [start, start + length) count.
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) integers: where documents start, and the last one's end; see
+            :func:`document_ranges`.
 
     Returns:
         bool, broadcastable to (B, H, Sq, Sk), or None.
@@ -53,6 +57,13 @@ def visible_keys(
             inside = inside & (keys < (start.long() + key_lengths.long())[:, None])
         inside = inside[:, None, None, :]
         visible = inside if visible is None else visible & inside
+    if cu_seqlens_q is not None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        left, right = (None, None) if window is None else window
+        ranges = document_ranges(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, left, 0 if is_causal else right)
+        first, end = ranges[:, :, :num_queries, None].unbind(1)
+        inside = ((keys >= first) & (keys < end))[:, None]
+        return inside if visible is None else visible & inside
     lower, upper = window_offsets(num_queries, num_keys, is_causal, query_offset, window)
     queries = torch.arange(num_queries, device=device)[:, None]
     if upper is not None:
@@ -62,6 +73,52 @@ def visible_keys(
         near = keys >= queries + lower
         visible = near[None, None] if visible is None else visible & near
     return visible
+
+
+def document_ranges(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    num_queries: int,
+    num_keys: int,
+    left: int | None = None,
+    right: int | None = None,
+) -> Tensor:
+    """The range of keys that each query sees, and of queries that see each key, of documents packed into one row.
+
+    Query i of a document of Lq queries and Lk keys is at its key i + Lk - Lq, and sees the keys of its document from
+    ``left`` before that to ``right`` after; None for no end on that side. Tokens of no document see nothing.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) integers: where each document's queries, and keys, start, and the end.
+
+    Returns:
+        int32 (1, 2, Sq + Sk): of each query the first key, then of each key the first query; and the ends of these.
+        Neither first nor end is ever less than that of the query, or key, before. An empty range may be anywhere.
+    """
+    sides = []
+    of_q, of_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+    for own, other, length, other_length, back, ahead in (
+        (of_q, of_k, num_queries, num_keys, left, right),
+        (of_k, of_q, num_keys, num_queries, right, left),
+    ):
+        if own.shape[0] < 2:
+            sides.append(own.new_zeros((2, length)))
+            continue
+        i = torch.arange(length, device=own.device)
+        document = torch.searchsorted(own[1:].contiguous(), i, right=True).clamp(max=own.shape[0] - 2)
+        start, end, other_start, other_end = own[document], own[document + 1], other[document], other[document + 1]
+        at = i + other_end - end
+        other_start = other_start.clamp(0, other_length)
+        other_end = torch.maximum(other_end, other_start).clamp(max=other_length)
+        first, last = other_start, other_end
+        if back is not None:
+            first = torch.minimum(torch.maximum(at - back, other_start), other_end)
+        if ahead is not None:
+            last = torch.minimum(torch.maximum(at + ahead + 1, other_start), other_end)
+        before, behind = i < start, i >= end
+        ranges = [torch.where(before, other_start, torch.where(behind, other_end, x)) for x in (first, last)]
+        sides.append(torch.stack(ranges))
+    return torch.cat(sides, 1).int()[None]
 
 
 def window_offsets(
@@ -110,6 +167,8 @@ def attention(
     key_starts: Tensor | None = None,
     query_offset: int = 0,
     window: Window | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | int = 0,
 ) -> Tensor:
     """The specification, in the dtype of the inputs. Differentiable; the arguments are those of ``ek.attention``.
@@ -127,7 +186,8 @@ def attention(
     scores = query @ key.transpose(2, 3) * (head_size**-0.5 if scale is None else scale)
     visible = visible_keys(
         num_queries, num_keys, query.device, is_causal=is_causal, query_offset=query_offset, window=window,
-        key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts,
+        key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     if visible is None:
         probabilities = scores.softmax(-1)
@@ -154,6 +214,8 @@ def sdpa(
     key_starts: Tensor | None = None,
     query_offset: int = 0,
     window: Window | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """The torch backend: ``scaled_dot_product_attention``, with a mask only where one is needed.
 
@@ -165,14 +227,16 @@ def sdpa(
     grouped = False
     if query.shape[1] != key.shape[1]:  # compiled with dynamic sizes the comparison is symbolic: SDPA wants a bool
         grouped = True
-    plain = key_mask is None and key_lengths is None and key_starts is None and window is None
+    masks = (key_mask, key_lengths, key_starts, window, cu_seqlens_q)
+    plain = all(mask is None for mask in masks)
     if plain and (not is_causal or query_offset == 0):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
     visible = visible_keys(
         query.shape[2], key.shape[2], query.device, is_causal=is_causal, query_offset=query_offset, window=window,
-        key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts,
+        key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     if visible is None or query.device.type == "cpu":
         # On a CPU every implementation gives zeros for a row without keys, forward and backward.
