@@ -2,8 +2,9 @@
 
 Importing this module registers both, after which ``model.set_attn_implementation("embedkernels")`` works for every
 model that takes its attention from transformers' AttentionInterface. A call that the kernels take exactly (no mask or
-a key mask, causal or not, grouped queries, dropout) goes to :func:`embedkernels.attention`; any other goes to
-transformers' own SDPA function with the mask it expects, or is refused where that function would ignore an argument.
+a key mask, causal or not, a window, documents packed into one row, grouped queries, dropout) goes to
+:func:`embedkernels.attention`; any other goes to transformers' own SDPA function with the mask it expects, or is
+refused where that function would ignore an argument.
 """
 
 from __future__ import annotations
@@ -44,16 +45,19 @@ def attention_forward(
         dropout: probability, already 0 outside training.
         scaling: factor of the scores; None for 1/sqrt(D).
         is_causal: overrides the module's; ignored if there is a mask or only one query, as in transformers.
-        **kwargs: ``position_bias`` and ``cu_seq_lens_q``/``cu_seq_lens_k`` are honoured.
+        **kwargs: ``position_bias``, ``cu_seq_lens_q``/``cu_seq_lens_k`` and ``sliding_window`` are honoured. A window
+            of w reaches to the w - 1 keys before a query, and after it if attention is not causal. A mask contains
+            it already.
 
     Returns:
         (B, Sq, H, D) and None for the weights: ``output_attentions`` is answered with a warning, as in SDPA.
 
     Raises:
         ValueError: for an argument that neither the kernels nor SDPA honour (``softcap``, ``s_aux``, or
-            ``sliding_window`` without a mask that contains it); for a mask of more or fewer keys than there are.
+            ``sliding_window`` without a mask that contains it for other numbers of keys than of queries); for a mask
+            of more or fewer keys than there are.
     """
-    _refuse(kwargs, attention_mask, key.shape[2])
+    _refuse(kwargs, attention_mask, query.shape[2], key.shape[2])
     if kwargs.pop("output_attentions", False):
         _warn_once(f'{NAME!r} gives no attention weights for output_attentions=True: set "eager" for them')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -65,13 +69,24 @@ def attention_forward(
         # Not one of ours: a mask of (Sq, Sk), which SDPA broadcasts.
         attention_mask = attention_mask[None, None]
     attention_mask = masks.of_all_keys(attention_mask, key.shape[2])
-    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
-        attention_mask = _packed(kwargs, query, key, attention_mask, causal)
-    if masks.attention_backend(query.device) == "triton":
-        reason = _why_not_kernels(query, key, value, attention_mask, kwargs)
+    documents = _documents(kwargs, query)
+    window = None
+    if attention_mask is None and kwargs.get("sliding_window") is not None and query.shape[2] > 1:
+        window = kwargs["sliding_window"] - 1
+    on_kernels = masks.attention_backend(query.device) == "triton"
+    # SDPA takes neither documents nor windows but as a mask of all pairs: the op knows better, on a CPU too.
+    if on_kernels or documents is not None or window is not None:
+        reason = _why_not_op(attention_mask, query, key, kwargs)
+        if on_kernels:
+            reason = reason or _why_not_kernels(query, key, value)
         if reason is None:
-            return _run(query, key, value, attention_mask, dropout, scaling, causal), None
-        _warn_once(f"runs on SDPA: {reason}")
+            return _run(query, key, value, attention_mask, dropout, scaling, causal, documents, window), None
+        if on_kernels:
+            _warn_once(f"runs on SDPA: {reason}")
+    if window is not None:
+        attention_mask = masks.window_to_dense(window, query.shape[2], causal, query.device)
+    if documents is not None:
+        attention_mask = _packed(documents, query, key, attention_mask, causal)
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = masks.causal_keys_to_dense(attention_mask, query.shape[2])
     out: tuple[Tensor, None] = sdpa_attention_forward(
@@ -88,7 +103,7 @@ def attention_forward(
     return out
 
 
-def _refuse(kwargs: dict[str, Any], mask: Tensor | None, kv_length: int) -> None:
+def _refuse(kwargs: dict[str, Any], mask: Tensor | None, q_length: int, kv_length: int) -> None:
     """ValueError for an argument that would be ignored."""
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
@@ -97,32 +112,42 @@ def _refuse(kwargs: dict[str, Any], mask: Tensor | None, kv_length: int) -> None
                 'use model.set_attn_implementation("eager") for this model'
             )
     window = kwargs.get("sliding_window")
-    if window is not None and mask is None and kv_length > window:
+    packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
+    if window is not None and mask is None and kv_length > window and q_length != kv_length and not packed:
         raise ValueError(
-            f"attention implementation {NAME!r} got sliding_window={window} for {kv_length} keys without a mask that "
-            'contains the window: pass such a mask, or use model.set_attn_implementation("eager")'
+            f"attention implementation {NAME!r} got sliding_window={window} for {kv_length} keys and {q_length} queries "
+            'without a mask that contains the window: pass such a mask, or use model.set_attn_implementation("eager")'
         )
 
 
-def _packed(kwargs: dict[str, Any], query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """The dense mask for sequences packed into one row, whose ends the keywords give."""
+def _documents(kwargs: dict[str, Any], query: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The ends of the documents packed into one row, of queries and of keys, or None."""
     of_q: Any = kwargs.get("cu_seq_lens_q")
     of_k: Any = kwargs.get("cu_seq_lens_k")
     of_q, of_k = (of_k if of_q is None else of_q), (of_q if of_k is None else of_k)
-    q_length, kv_length = query.shape[2], key.shape[2]
+    if of_q is None:
+        return None
     if query.shape[0] != 1:
         raise ValueError(
             f"attention implementation {NAME!r} takes cu_seq_lens_q/cu_seq_lens_k for sequences packed into one row, "
             f"got a batch of {query.shape[0]}: pack them into one row, or pass an attention_mask instead"
         )
+    return of_q, of_k
+
+
+def _packed(
+    documents: tuple[Tensor, Tensor], query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """The dense mask for documents packed into one row, on top of ``mask``."""
+    q_length, kv_length = query.shape[2], key.shape[2]
     if causal and mask is None and q_length != kv_length:
         raise ValueError(
             f"attention implementation {NAME!r} got cu_seq_lens_q for {q_length} queries and cu_seq_lens_k for "
-            f"{kv_length} keys in causal attention: pass a 4-D attention_mask instead"
+            f"{kv_length} keys in causal attention that the kernels do not take: pass a 4-D attention_mask instead"
         )
     if mask is not None and mask.dim() == 2:
         mask = masks.causal_keys_to_dense(mask, q_length)
-    return masks.packed_to_dense(mask, of_q, of_k, q_length, kv_length, causal and q_length > 1)
+    return masks.packed_to_dense(mask, *documents, q_length, kv_length, causal and q_length > 1)
 
 
 def why_not_heads(head_size: int, dtype: torch.dtype) -> str | None:
@@ -138,24 +163,27 @@ def why_not_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in attention_op.DTYPES else f"the kernels take float32, bfloat16 and float16, not {dtype}"
 
 
-def _why_not_kernels(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-) -> str | None:
-    """Why this call is not one that the kernels compute exactly, or None if it is."""
+def _why_not_op(mask: Tensor | None, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> str | None:
+    """Why this call is not one of ``embedkernels.attention`` without a mask of all pairs, or None if it is."""
     if kwargs.get("position_bias") is not None:
         return "the kernels take no position_bias"
     if kwargs.get("cache") is not None:
         return "the kernels take no paged cache"
+    if mask is not None and mask.dim() != 2:
+        batch, keys = query.shape[0], key.shape[2]
+        if mask.dtype != torch.bool or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, 1, keys):
+            return "a dense mask: not only causal and padding, or a model without a row in the table"
+    return None
+
+
+def _why_not_kernels(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why this call is not one that the kernels compute exactly, or None if it is."""
     if query.shape[-1] != value.shape[-1]:
         return f"queries have heads of {query.shape[-1]}, values of {value.shape[-1]}"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit is tracing"
     if needs_stock_autograd(query, key, value):
         return "torch.func or forward-mode AD differentiates it: the kernels have a backward formula only"
-    if mask is not None and mask.dim() != 2:
-        batch, keys = query.shape[0], key.shape[2]
-        if mask.dtype != torch.bool or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, 1, keys):
-            return "a dense mask: not only causal and padding, or a model without a row in the table"
     return why_not_heads(query.shape[-1], query.dtype)
 
 
@@ -177,18 +205,23 @@ def _run(
     dropout: float,
     scaling: float | None,
     causal: bool,
+    documents: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
 ) -> Tensor:
     q_length, kv_length = query.shape[2], key.shape[2]
     key_mask, offset = None, 0
     if mask is None:
         causal = causal and q_length > 1
-        if causal and kv_length > q_length:
+        if causal and kv_length > q_length and documents is None:
             # The first forward on an empty static cache: the keys behind the queries are not written yet.
             key, value = key[:, :, :q_length], value[:, :, :q_length]
     elif mask.dim() == 2:
         key_mask, causal, offset = mask, True, kv_length - q_length
     else:
         key_mask, causal = mask[:, 0, 0, :], False
+    of_q, of_k = (None, None) if documents is None else documents
+    if of_q is not None:
+        offset = 0  # that of each document follows from its ends
     out = attention_op.attention(
         query,
         key,
@@ -199,6 +232,9 @@ def _run(
         enable_gqa=query.shape[1] != key.shape[1],
         key_mask=key_mask,
         query_offset=offset,
+        window=None if window is None else (window, window),
+        cu_seqlens_q=of_q,
+        cu_seqlens_k=of_k,
     )
     return out.transpose(1, 2).contiguous()
 

@@ -43,6 +43,7 @@ from embedkernels.kernels.attention_blocks import (
     with_columns,
 )
 from embedkernels.kernels.attention_forward import LOG2_E
+from embedkernels.kernels.attention_ranges import ranges_stride
 from embedkernels.kernels.attention_specs import every, listed
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
 from embedkernels.kernels.launch import Launcher, blocks
@@ -364,7 +365,7 @@ def backward(
         rows if seed is None else seed,
     )
     inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3])
-    mask_strides = (0 if key_mask is None else key_mask.stride(0), 0 if ranges is None else ranges.stride(0))
+    mask_strides = (0 if key_mask is None else key_mask.stride(0), ranges_stride(ranges))
     features = {
         "GROUP": group, "D": head_size, "BLOCK_D": width, "CAUSAL": is_causal,
         "WINDOW": window_offset is not None, "RANGES": ranges is not None, "HAS_BOUNDS": bounds is not None,

@@ -36,6 +36,7 @@ from embedkernels.kernels.attention_blocks import (
     visible_pairs,
     with_columns,
 )
+from embedkernels.kernels.attention_ranges import ranges_stride
 from embedkernels.kernels.attention_specs import every, listed
 from embedkernels.kernels.attention_tiles import block_d, tiles_for
 from embedkernels.kernels.launch import Launcher, blocks
@@ -172,7 +173,7 @@ def forward(
         lse if ranges is None else ranges,
         lse if seed is None else seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0), 0 if ranges is None else ranges.stride(0),
+        0 if key_mask is None else key_mask.stride(0), ranges_stride(ranges),
         heads, num_queries, num_keys, query_offset, 0 if window_offset is None else window_offset, scale * LOG2_E,
         dropout_p, keep_scale(dropout_p),
     )  # fmt: skip

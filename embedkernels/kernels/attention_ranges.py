@@ -95,6 +95,11 @@ def document_ranges(
     _launch(grid, arguments, constexprs, num_warps=4)
 
 
+def ranges_stride(ranges: Tensor | None) -> int:
+    """Elements between the ranges of two batch rows, which may share theirs."""
+    return 0 if ranges is None or ranges.shape[0] == 1 else ranges.stride(0)
+
+
 def compile_specs() -> list[CompileSpec]:
     """With a window on both sides, and 64-bit ends."""
     signature = {

@@ -289,12 +289,31 @@ def test_what_nobody_would_honour_is_refused(name):
         hf_attention.attention_forward(Module(), *qkv(), None, **{name: value})
 
 
-def test_a_window_needs_a_mask_that_contains_it():
-    q, k, v = qkv()
-    with pytest.raises(ValueError, match=r"sliding_window=3 for 5 keys"):
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_without_a_mask(backend, causal, packed):
+    """Of w keys, the query's own among them, and as many on the other side where attention is not causal."""
+    q, k, v = qkv(batch=1, q=7, k=7)
+    near = (torch.arange(7) - torch.arange(7)[:, None]).abs() < 3
+    visible = near.tril() if causal else near
+    more = {}
+    if packed:
+        more = {"cu_seq_lens_q": torch.tensor([0, 4, 7])}
+        visible = visible & torch.block_diag(torch.ones(4, 4), torch.ones(3, 3)).bool()
+    with ek.use_backend(backend):
+        output, _ = hf_attention.attention_forward(Module(causal), q, k, v, None, sliding_window=3, **more)
+    expected = F.scaled_dot_product_attention(q, k, v, visible)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_a_window_on_a_cache_needs_a_mask_that_contains_it():
+    q, k, v = qkv(q=2)
+    with pytest.raises(ValueError, match=r"sliding_window=3 for 5 keys and 2 queries"):
         hf_attention.attention_forward(Module(True), q, k, v, None, sliding_window=3)
     hf_attention.attention_forward(Module(True), q, k, v, None, sliding_window=5)
-    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    mask = torch.ones(2, 1, 2, 5, dtype=torch.bool).tril(3)
     hf_attention.attention_forward(Module(True), q, k, v, mask, sliding_window=3)
 
 
@@ -326,10 +345,15 @@ def test_packed_sequences_are_refused_where_they_cannot_be_told_apart():
     ends = torch.tensor([0, 2, 5])
     with pytest.raises(ValueError, match=r"cu_seq_lens_q.* batch of 2"):
         hf_attention.attention_forward(Module(), *qkv(), None, cu_seq_lens_q=ends)
-    with pytest.raises(ValueError, match=r"3 queries and cu_seq_lens_k for 5 keys"):
-        hf_attention.attention_forward(
-            Module(True), *qkv(batch=1, q=3), None, cu_seq_lens_q=torch.tensor([0, 3]), cu_seq_lens_k=ends
-        )
+
+
+def test_packed_sequences_that_continue_cached_ones():
+    """Causal, with more keys than queries: the last query of a sequence is at its last key, as in FlashAttention."""
+    q, k, v = qkv(batch=1, q=3, k=7)
+    of_q, of_k = torch.tensor([0, 1, 3]), torch.tensor([0, 4, 7])
+    output, _ = hf_attention.attention_forward(Module(True), q, k, v, None, cu_seq_lens_q=of_q, cu_seq_lens_k=of_k)
+    visible = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1]]).bool()
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(q, k, v, visible).transpose(1, 2))
 
 
 def test_a_packed_batch_through_bert_equals_its_sequences():
