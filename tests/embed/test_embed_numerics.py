@@ -366,7 +366,7 @@ def test_tables_may_be_the_same_tensor(device: torch.device) -> None:
     )
 
 
-@examples(50)
+@examples(25)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
     width=st.integers(8, 70),  # below, a norm leaves next to nothing of a gradient but the rounding of its terms

@@ -56,7 +56,7 @@ parts = {
 
 @pytest.mark.parametrize("kind", NORM_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@examples(30)
+@examples(15)
 @given(
     data=st.data(),
     shape=shapes.filter(lambda shape: math.prod(shape) >= 8),
@@ -100,7 +100,7 @@ def restrided(x: Tensor, strides: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@examples(80)
+@examples(40)
 @given(
     data=st.data(),
     shape=shapes,
@@ -182,7 +182,7 @@ def test_piece_by_piece_gives_the_whole_sequence(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@examples(120)
+@examples(60)
 @given(
     batch=st.integers(1, 3), counts=st.tuples(st.integers(1, 5), st.integers(0, 3)), length=st.integers(1, 9),
     pairs=st.integers(1, 12), rest=st.integers(0, 9), half=st.booleans(), shared=st.booleans(), fp32=st.booleans(),
