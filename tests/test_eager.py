@@ -181,6 +181,12 @@ def attention_case(device: torch.device) -> tuple[Callable[[], Any], list[Tensor
     return lambda: ek.attention(*leaves, dropout_p=0.2, key_mask=mask, backend="triton"), leaves
 
 
+def documents_case(device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
+    leaves = [torch.randn(1, 2, 9, 16, device=device, requires_grad=True) for _ in range(3)]
+    ends = torch.tensor([0, 4, 9], device=device)
+    return lambda: ek.attention(*leaves, is_causal=True, cu_seqlens_q=ends, backend="triton"), leaves
+
+
 def rope_case(device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
     leaves = [torch.randn(2, heads, 5, 16, device=device, requires_grad=True) for heads in (4, 2)]
     tables = torch.randn(2, 1, 5, 16, device=device)
@@ -192,9 +198,15 @@ def positions_case(device: torch.device) -> tuple[Callable[[], Any], list[Tensor
     return lambda: ek.count_positions(ids, padding_idx=1, start=1, backend="triton"), []
 
 
-CASES = {"embed": embed_case, "attention": attention_case, "rope": rope_case, "count_positions": positions_case}
-OPS = ("embed_forward", "embed_backward", "attention_forward", "attention_backward", "attention_key_bounds", "rope",
-       "count_positions")  # fmt: skip
+CASES = {
+    "embed": embed_case,
+    "attention": attention_case,
+    "documents": documents_case,
+    "rope": rope_case,
+    "count_positions": positions_case,
+}
+OPS = ("embed_forward", "embed_backward", "attention_forward", "attention_backward", "attention_key_bounds",
+       "attention_ranges", "rope", "count_positions")  # fmt: skip
 
 
 def results(call: Callable[[], Any], leaves: list[Tensor]) -> list[Tensor]:
@@ -235,7 +247,7 @@ def test_no_op_is_dispatched_in_eager_mode_and_the_bits_are_those_of_the_op(
         quiet = call()
     with Watching():
         op = results(call, leaves)
-    expected = {"embed": 2, "attention": 3, "rope": 2, "count_positions": 1}[name]
+    expected = {"embed": 2, "attention": 3, "documents": 3, "rope": 2, "count_positions": 1}[name]
     assert len(dispatched) == expected, dispatched
     for a, b, c in zip(direct, again, op, strict=True):
         assert torch.equal(a, b)
@@ -244,7 +256,7 @@ def test_no_op_is_dispatched_in_eager_mode_and_the_bits_are_those_of_the_op(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["embed", "attention", "rope"])
+@pytest.mark.parametrize("name", ["embed", "attention", "documents", "rope"])
 def test_a_backward_pass_that_is_watched_dispatches_its_ops(
     name: str, dispatched: list[str], device: torch.device
 ) -> None:
@@ -254,7 +266,8 @@ def test_a_backward_pass_that_is_watched_dispatches_its_ops(
     assert dispatched == []
     with Watching():
         torch.autograd.grad(out, leaves, [torch.ones_like(y) for y in out])
-    assert dispatched == [{"embed": "embed_backward", "attention": "attention_backward", "rope": "rope"}[name]]
+    backward = {"embed": "embed_backward", "rope": "rope"}
+    assert dispatched == [backward.get(name, "attention_backward")]
 
 
 @pytest.mark.parametrize("name", ["embed", "attention", "rope"])

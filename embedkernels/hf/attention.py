@@ -115,8 +115,9 @@ def _refuse(kwargs: dict[str, Any], mask: Tensor | None, q_length: int, kv_lengt
     packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
     if window is not None and mask is None and kv_length > window and q_length != kv_length and not packed:
         raise ValueError(
-            f"attention implementation {NAME!r} got sliding_window={window} for {kv_length} keys and {q_length} queries "
-            'without a mask that contains the window: pass such a mask, or use model.set_attn_implementation("eager")'
+            f"attention implementation {NAME!r} got sliding_window={window} for {kv_length} keys and {q_length} "
+            "queries without a mask that contains the window: pass such a mask, or use "
+            'model.set_attn_implementation("eager")'
         )
 
 

@@ -75,7 +75,7 @@ def load_bounds(bounds_ptr, b, Sk, HAS_BOUNDS: tl.constexpr):
 @triton.jit
 def load_limits(ranges_ptr, b, ranges_stride_b, m0, Sq, Sk, query_offset, window_offset, BLOCK_M: tl.constexpr,
                 RANGES: tl.constexpr):  # fmt: skip
-    """What the queries [m0, m0 + BLOCK_M) see, as :func:`visible_pairs` takes it, and as :func:`key_block_ranges` does.
+    """What the queries [m0, m0 + BLOCK_M) see, for :func:`visible_pairs` and for :func:`key_block_ranges`.
 
     With RANGES the first key and the end of the keys of every query, (BLOCK_M,) each, and of the first and the last
     query; else the offsets.

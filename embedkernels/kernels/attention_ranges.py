@@ -1,13 +1,11 @@
 """From the ends of documents packed into one row to the range of keys that each query sees, and of queries to a key.
 
-One program per 256 tokens finds each token's document by bisection: 8 bytes written per token, and the 4 or 8 bytes
-of the ends near it read from the cache. Nothing waits for the host, and no range leaves the tensors, whatever the ends
-say.
+One program per 256 tokens finds each token's document by bisection: 8 bytes written per token, and the ends read from
+the cache. Nothing waits for the host, and no range leaves the tensors, whatever the ends say.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

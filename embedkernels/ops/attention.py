@@ -293,7 +293,8 @@ _library.define(
 _library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? bounds, "
     "Tensor? key_mask, Tensor? ranges, Tensor? seed, float scale, bool is_causal, SymInt query_offset, "
-    "float dropout_p, SymInt? window_offset, bool needs_query, bool needs_key_value) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "float dropout_p, SymInt? window_offset, bool needs_query, bool needs_key_value) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 

@@ -106,6 +106,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("embedding_grad_*", "sm_*", 96, THIRD, False, False, "bound by memory"),
     Bound("rope_kernel*", "sm_*", 64, HALF, True, False, "bound by memory: two multiplications an element"),
     Bound("attention_bounds_kernel*", "sm_*", 64, HALF, False, False, "reads a mask once"),
+    Bound("attention_ranges_kernel*", "sm_*", 64, HALF, False, False, "writes two numbers a token"),
     Bound("attention_bwd_preprocess_kernel[d128,*", "sm_100", 144, 0.12, False, False, "32 loads in flight a thread"),
     Bound("attention_bwd_preprocess_kernel*", "sm_*", 64, HALF, False, False, "writes a number a row"),
     *(
