@@ -378,8 +378,12 @@ FAMILIES = (
     Family("XLM-RoBERTa", "xlm-roberta", "transformers.models.xlm_roberta.modeling_xlm_roberta"),
     Family("CamemBERT", "camembert", "transformers.models.camembert.modeling_camembert"),
     Family("DistilBERT", "distilbert", "transformers.models.distilbert.modeling_distilbert"),
+    Family("ALBERT", "albert", "transformers.models.albert.modeling_albert"),
     Family("GPT-2", "gpt2", "transformers.models.gpt2.modeling_gpt2"),
     Family("Llama", "llama", "transformers.models.llama.modeling_llama"),
+    Family("Mistral", "mistral", "transformers.models.mistral.modeling_mistral"),
+    Family("Qwen2", "qwen2", "transformers.models.qwen2.modeling_qwen2"),
+    Family("Qwen3", "qwen3", "transformers.models.qwen3.modeling_qwen3"),
 )
 MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)
 _BY_MODULE = {family.module: family for family in FAMILIES}

@@ -9,10 +9,14 @@ refused where that function would ignore an argument.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,6 +27,32 @@ from embedkernels.ops import attention as attention_op
 from embedkernels.ops.backend import needs_stock_autograd
 
 NAME = "embedkernels"
+# Within a model that runs on packed tokens: its class, and how many calls there were.
+_packed_in: ContextVar[tuple[str, list[None]] | None] = ContextVar("_packed_in", default=None)
+
+
+@contextlib.contextmanager
+def every_call_is_packed(model: str) -> Iterator[None]:
+    """Within the block, a call without ``cu_seq_lens_q`` is an error, and so is none at all.
+
+    Raises:
+        RuntimeError: the model named ``model`` does not hand its keywords on to the attention function.
+    """
+    calls: list[None] = []
+    token = _packed_in.set((model, calls))
+    try:
+        yield
+    finally:
+        _packed_in.reset(token)
+    if not calls:
+        raise RuntimeError(_not_handed_on(model))
+
+
+def _not_handed_on(model: str) -> str:
+    return (
+        f"embedkernels: {model} of transformers {transformers.__version__} did not hand cu_seq_lens_q on to its "
+        "attention, so it cannot run padding-free: use patch(model) without padding_free"
+    )
 
 
 def attention_forward(
@@ -70,9 +100,15 @@ def attention_forward(
         attention_mask = attention_mask[None, None]
     attention_mask = masks.of_all_keys(attention_mask, key.shape[2])
     documents = _documents(kwargs, query)
-    window = None
-    if attention_mask is None and kwargs.get("sliding_window") is not None and query.shape[2] > 1:
-        window = kwargs["sliding_window"] - 1
+    if (within := _packed_in.get()) is not None:
+        if documents is None:
+            raise RuntimeError(_not_handed_on(within[0]))
+        within[1].append(None)
+    if documents is not None and attention_mask is not None and tuple(attention_mask.shape) == (1, 1, 1, 1):
+        attention_mask = None  # one element, which hides nothing: what documents are given with
+    window = kwargs.get("sliding_window")
+    hides = window is not None and attention_mask is None and query.shape[2] > 1 and window < key.shape[2]
+    window = None if window is None or not hides else window - 1  # of w keys, the query's own among them
     on_kernels = masks.attention_backend(query.device) == "triton"
     # SDPA takes neither documents nor windows but as a mask of all pairs: the op knows better, on a CPU too.
     if on_kernels or documents is not None or window is not None:

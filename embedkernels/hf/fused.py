@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from embedkernels.hf import guards, positions, rotary, state
+from embedkernels.hf import guards, padding, positions, rotary, state
 from embedkernels.hf.adapters import Adapter, adapter_for, supported
-from embedkernels.hf.bodies import RENAMED, in_deprecations
+from embedkernels.hf.bodies import in_deprecations
+from embedkernels.hf.calls import Forward, as_it_is_called, bound_by_name
 from embedkernels.hf.extras import EXTRAS
 from embedkernels.hf.state import is_marked
 from embedkernels.nn.embedding import FusedEmbedding
@@ -29,7 +30,6 @@ from embedkernels.ops.embedding import embedding
 STOCK = "_embedkernels_stock"
 ADAPTER = "_embedkernels_adapter"
 ACCUMULATES = "_accumulates"  # what FusedEmbedding.grad_mode goes by
-Forward = Callable[..., Any]
 
 
 def has_fused_class(module: nn.Module) -> bool:
@@ -67,6 +67,8 @@ def can_be_fused(stock: type[nn.Module]) -> bool:
     """Whether :func:`fused_class` has a subclass for a stock class."""
     if stock is nn.Embedding or adapter_for(stock) is not None:
         return True
+    if padding.base_model_of(stock) is not None:
+        return True
     found = rotary.rotary_of(stock)
     return found is not None and found.rotation is not None
 
@@ -78,7 +80,8 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``stock`` whose forward is fused.
 
     Args:
-        stock: nn.Embedding, or a class that has a row in the table or calls a rotary function that has one.
+        stock: nn.Embedding, or a class that has a row in the table or calls a rotary function that has one, or a base
+            model that can run padding-free.
 
     Raises:
         ValueError: for another class.
@@ -119,8 +122,13 @@ def _make_class(stock: type[nn.Module]) -> type[nn.Module]:
     }
     if adapter is not None:
         forward = _FORWARDS[adapter.recipe](adapter, stock.forward)
+    elif stock is nn.Embedding:
+        forward = _lookup_forward
     else:
-        forward = _lookup_forward if stock is nn.Embedding else _rotary_forward(stock)
+        forward = stock.forward if rotary.rotary_of(stock) is None else _rotary_forward(stock)
+    row = padding.base_model_of(stock)
+    if row is not None:
+        forward = padding.unpadded(row, forward, stock.forward)
     namespace["forward"] = in_deprecations(stock.forward, forward)
     fused: type[nn.Module] = type(stock.__name__, (base,), namespace)
     return fused
@@ -171,24 +179,6 @@ def _rotary_forward(stock: type[nn.Module]) -> Forward:
         return (fused_forward if is_marked(self) else stock_forward)(self, *args, **kwargs)
 
     return forward
-
-
-def _bound_by_name(stock_forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any] | None]:
-    """A function from the arguments of a call to all of them by name; None for a call that stock would refuse."""
-    parameters = inspect.signature(stock_forward).parameters.values()
-    names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
-
-    def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        if not args:
-            return kwargs
-        if len(args) > len(names):
-            return None
-        call = dict(zip(names, args, strict=False))
-        if any(name in call for name in kwargs):
-            return None
-        return {**call, **kwargs}
-
-    return by_name
 
 
 def _no_input(call: dict[str, Any]) -> bool:
@@ -245,18 +235,12 @@ def _misfit_of_extra(rows: Tensor, tokens: Tensor, weight: Tensor) -> str | None
 _STEM_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids", "inputs_embeds"})
 
 
-def _as_it_is_called(name: str, parameters: Iterable[str]) -> str | None:
-    """The name that an argument has in this release, by the one before transformers 5.24; None if there is none."""
-    names = [name, *(new for new, old in RENAMED.items() if old == name)]
-    return next((one for one in names if one in parameters), None)
-
-
 def _stem_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     """Token (+ position) (+ type) -> norm -> dropout in one op."""
-    by_name = _bound_by_name(stock_forward)
+    by_name = bound_by_name(stock_forward)
     parameters = inspect.signature(stock_forward).parameters
     accepted = frozenset(parameters)
-    past_name = _as_it_is_called("past_key_values_length", accepted)
+    past_name = as_it_is_called("past_key_values_length", accepted)
     extra = None if adapter.extra is None else EXTRAS[adapter.extra]
     more = () if extra is None else extra.arguments
     understood = frozenset((_STEM_ARGUMENTS | {past_name, adapter.mask, *adapter.unused, *more}) & accepted)
@@ -335,7 +319,7 @@ def _ids_from_padding(stock_forward: Forward) -> Callable[[Any, Tensor, Any], Te
     """
     names: dict[str, Any] = getattr(stock_forward, "__globals__", {})
     parameters = inspect.signature(stock_forward).parameters
-    with_past = _as_it_is_called("past_key_values_length", parameters) is not None
+    with_past = as_it_is_called("past_key_values_length", parameters) is not None
 
     def count(module: Any, input_ids: Tensor, past: Any) -> Tensor:
         if input_ids.is_floating_point():
@@ -450,10 +434,10 @@ def _inline_forward(adapter: Adapter, stock_forward: Forward) -> Forward:
     The stock forward then runs as it is on ``inputs_embeds``, seeing the model through a :class:`_ModelView` in which
     the position lookup, the norm and the dropout have already been done.
     """
-    by_name = _bound_by_name(stock_forward)
+    by_name = bound_by_name(stock_forward)
     parameters = inspect.signature(stock_forward).parameters
     takes_positions = "position_ids" in parameters
-    cache_name = _as_it_is_called("past_key_values", parameters)
+    cache_name = as_it_is_called("past_key_values", parameters)
     warns = "warn_if_padding_and_no_attention_mask" in inspect.unwrap(stock_forward).__code__.co_names
 
     @functools.wraps(stock_forward)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, __version__
 
 from embedkernels.hf import attention as hf_attention
-from embedkernels.hf import config, fused, guards, rotary
+from embedkernels.hf import config, fused, guards, padding, rotary
 from embedkernels.hf.adapters import LOOKUP, Adapter, base_of, family_of, lost, supported
 from embedkernels.hf.report import Entry, OpChoice, PatchReport, Status
 from embedkernels.hf.state import MARK, Mark
@@ -48,6 +48,7 @@ def patch(
     embeddings: bool = True,
     rope: bool = True,
     attention: bool = True,
+    padding_free: bool = False,
     grad_mode: GradMode = "dense",
     strict: bool = False,
 ) -> PatchReport:
@@ -67,19 +68,26 @@ def patch(
             calls for it is a known one. Under torch.compile that function stays: Inductor fuses it.
         attention: set the attention implementation ``"embedkernels"`` where ``"sdpa"`` is set, which is what
             transformers takes unless it is told otherwise. Any other was chosen, and stays.
+        padding_free: run base models on the real tokens of a padded batch alone, packed into one row, wherever that
+            gives what stock gives: outputs have the stock shapes, with zeros for padding, and losses, gradients and
+            predictions of real tokens are stock's. Needs the attention implementation ``"embedkernels"``. Calls that
+            would not be exact (with a cache, ``output_attentions``, under torch.compile, a sequence of an encoder
+            that begins with padding) run with padding and all, with one warning; a model that has one already
+            stays padding-free whatever this says.
         grad_mode: what the gradients of tables that are looked up alone become, as of Llama's: ``"dense"``, or
             ``"accumulate"``: added in place to what is in ``grad`` (or ``main_grad``), after a tied head, without a
             tensor of the table's size for themselves; see :func:`embedkernels.embedding`. Tables whose rows are
             scaled or added up in the same op have dense gradients, a ``sparse`` one has rows, and one that was
             patched before keeps its mode. The report says which is which.
-        strict: raise instead of warning if there is nothing to patch, not even one lookup.
+        strict: raise instead of warning if there is nothing to patch, not even one lookup, or, with
+            ``padding_free``, no model that can run padding-free.
 
     Returns:
         PatchReport: what was changed, where each op runs and why, and what was left alone and why.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: an unknown grad_mode; with ``strict``, no part of the model is supported.
+        ValueError: an unknown grad_mode; with ``strict``, no part of the model is supported, or none padding-free.
 
     Example:
         >>> import embedkernels as ek, transformers
@@ -90,8 +98,16 @@ def patch(
     """
     if grad_mode not in get_args(GradMode):
         raise ValueError(f"patch: grad_mode must be dense or accumulate, got {grad_mode!r}")
-    steps = list(_plan(_module(model, "patch"), embeddings, rope, attention, grad_mode))
+    steps = list(_plan(_module(model, "patch"), embeddings, rope, attention, padding_free, grad_mode))
     found = [step for step in steps if step.entry.status != "left alone"]
+    without = [step.entry for step in steps if step.entry.part == "padding" and step.entry.status == "left alone"]
+    if padding_free and not any(step.entry.part == "padding" for step in found):
+        message = f"nothing in {type(model).__name__} can run padding-free: {padding.supported()} can" + (
+            f" ({_reasons(model, without)})" if without else ""
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(f"embedkernels: {message}", UserWarning, stacklevel=2)
     if not found and (embeddings or rope or attention):
         message = _unsupported(model, [step.entry for step in steps])
         if strict:
@@ -114,7 +130,7 @@ def describe(model: nn.Module) -> PatchReport:
         TypeError: ``model`` is not a module.
     """
     entries = []
-    for step in _plan(_module(model, "describe"), True, True, True, "dense"):
+    for step in _plan(_module(model, "describe"), True, True, True, False, "dense"):
         entry = step.entry
         if step.change:
             entry = Entry(entry.path, entry.part, entry.was, entry.was, "left alone", "not patched")
@@ -137,6 +153,7 @@ def unpatch(model: nn.Module) -> None:
     wrapped = []
     for path, module in _module(model, "unpatch").named_modules():
         was_patched = module.__dict__.pop(MARK, None) is not None
+        was_patched = module.__dict__.pop(padding.FLAG, None) is not None or was_patched
         if was_patched:
             module.__dict__.pop(fused.ACCUMULATES, None)
         if fused.STOCK in type(module).__dict__:
@@ -175,6 +192,10 @@ def _apply(model: nn.Module, step: _Step) -> None:
         # A patched one too: what is around it may not know, or it may hold a view that belongs to another model.
         if step.entry.status != "left alone" and isinstance(module, PreTrainedModel):
             config.set_attention(model, module, hf_attention.NAME)
+    elif step.change and step.entry.part == "padding":
+        module.__dict__[padding.FLAG] = True
+        if not fused.has_fused_class(module):
+            module.__class__ = fused.fused_class(type(module))
     elif step.change:
         module.__dict__[MARK] = Mark()
         # A wrapper's class that was made from a fused one already has the fused forward.
@@ -184,13 +205,16 @@ def _apply(model: nn.Module, step: _Step) -> None:
             module.__dict__[fused.ACCUMULATES] = True
 
 
-def _plan(model: nn.Module, embeddings: bool, rope: bool, attention: bool, grad_mode: GradMode) -> Iterator[_Step]:
+def _plan(
+    model: nn.Module, embeddings: bool, rope: bool, attention: bool, padding_free: bool, grad_mode: GradMode
+) -> Iterator[_Step]:
     if embeddings:
         yield from _plan_embeddings(model, grad_mode)
     if rope:
         yield from _plan_rotary(model)
-    if attention:
-        yield from _plan_attention(model)
+    steps = list(_plan_attention(model)) if attention else []
+    yield from steps
+    yield from _plan_padding(model, padding_free, [step.module for step in steps if step.change])
 
 
 # Shorter rows are read in pieces that no kernel gains by: attention biases by distance, for a handful of heads.
@@ -382,6 +406,34 @@ def _attention_step(path: str, module: PreTrainedModel) -> _Step:
         return _Step(Entry(path, "attention", current, current, "left alone", reason), module, False)
     ops = (_choice("attention", module),)
     return _Step(Entry(path, "attention", current, hf_attention.NAME, "patched", "", ops), module, True)
+
+
+def _plan_padding(model: nn.Module, wanted: bool, to_patch: list[nn.Module]) -> Iterator[_Step]:
+    """Steps for the base models that are padding-free, and, if it is wanted, for those that are not yet.
+
+    Args:
+        to_patch: models whose attention another step patches.
+    """
+    patched = {id(part) for outer in to_patch for part in outer.modules()}
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        row = padding.base_model_of(fused.stock_class(module))
+        already = padding.is_padding_free(module)
+        if row is None or not (already or wanted) or not isinstance(module, PreTrainedModel):
+            continue
+        others = [name for name in config.implementations(module) if name != hf_attention.NAME]
+        reason = ""
+        if others and not (id(module) in patched and others == ["sdpa"]):
+            reason = f"its attention implementation is {others[0]!r}, which knows nothing of packed sequences"
+        elif "forward" in module.__dict__:
+            reason = "forward was replaced on the instance"
+        else:
+            reason = padding.problem_around(path, modules) or ""
+        status: Status = "already" if already else "patched"
+        if reason:
+            status = "falls back" if already else "left alone"
+        now = "as padded" if status == "left alone" else "real tokens only"
+        yield _Step(Entry(path, "padding", "as padded", now, status, reason), module, status == "patched")
 
 
 def _choice(op: str, module: nn.Module) -> OpChoice:

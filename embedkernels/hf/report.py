@@ -34,7 +34,7 @@ class Entry:
 
     Attributes:
         path: the module's name in the model; empty for the model itself.
-        part: ``"embeddings"``, ``"rotary"`` or ``"attention"``.
+        part: ``"embeddings"``, ``"rotary"``, ``"attention"`` or ``"padding"``.
         was: the stock class, or the attention implementation before.
         now: what is computed now.
         status: ``"patched"``: changed by this call. ``"already"``: changed before. ``"falls back"``: patched, but
@@ -46,7 +46,7 @@ class Entry:
     """
 
     path: str
-    part: Literal["embeddings", "rotary", "attention"]
+    part: Literal["embeddings", "rotary", "attention", "padding"]
     was: str
     now: str
     status: Status

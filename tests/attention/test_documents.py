@@ -184,13 +184,15 @@ def test_a_cpu_computes_no_pair_of_two_documents(monkeypatch: pytest.MonkeyPatch
     stock = torch.nn.functional.scaled_dot_product_attention
 
     def counted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append((query.shape[2], key.shape[2]))
+        seen.append((query.shape[0], query.shape[2], key.shape[2]))
         return stock(query, key, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    call = cases.inputs(batch=1, lengths=(20, 20), device=torch.device("cpu"))
-    ek.attention(*call.leaves, cu_seqlens_q=torch.tensor([0, 5, 5, 18]), backend="torch")
-    assert sum(q * k for q, k in seen) == 5 * 5 + 13 * 13
+    call = cases.inputs(batch=1, lengths=(190, 190), device=torch.device("cpu"))
+    sizes = [5, 60, 0, 7, 54, 60]
+    ek.attention(*call.leaves, cu_seqlens_q=ends(sizes, (2, 0))[0], backend="torch")
+    # Those of about one length together.
+    assert seen == [(3, 60, 60), (2, 7, 7)]
 
 
 def test_dropout_is_drawn_for_each_document(device: torch.device) -> None:

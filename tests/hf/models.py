@@ -60,18 +60,20 @@ def _gpt2(layers: int, dropout: float) -> PreTrainedModel:
     return transformers.GPT2Model(config)
 
 
-def _llama(layers: int, dropout: float) -> PreTrainedModel:
-    config = transformers.LlamaConfig(
+def _rotary_decoder(config: type, model: type, **more: object) -> Callable[..., PreTrainedModel]:
+    shared: dict[str, object] = {
         **_SHARED,
-        hidden_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_hidden_layers=layers,
-        intermediate_size=48,
-        max_position_embeddings=POSITIONS,
-        attention_dropout=dropout,
-    )
-    return transformers.LlamaModel(config)
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+        "max_position_embeddings": POSITIONS,
+    }
+
+    def build(layers: int, dropout: float) -> PreTrainedModel:
+        return model(config(**shared, num_hidden_layers=layers, attention_dropout=dropout, **more))
+
+    return build
 
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
@@ -80,13 +82,18 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "roberta": _encoder(transformers.RobertaConfig, transformers.RobertaModel),
     "xlm-roberta": _encoder(transformers.XLMRobertaConfig, transformers.XLMRobertaModel),
     "camembert": _encoder(transformers.CamembertConfig, transformers.CamembertModel),
+    "albert": _encoder(transformers.AlbertConfig, transformers.AlbertModel, embedding_size=32),
     "distilbert": _distilbert,
     "gpt2": _gpt2,
-    "llama": _llama,
+    "llama": _rotary_decoder(transformers.LlamaConfig, transformers.LlamaModel),
+    "mistral": _rotary_decoder(transformers.MistralConfig, transformers.MistralModel, head_dim=16, sliding_window=5),
+    "qwen2": _rotary_decoder(transformers.Qwen2Config, transformers.Qwen2Model),
+    "qwen3": _rotary_decoder(transformers.Qwen3Config, transformers.Qwen3Model, head_dim=16),
 }
 # Paths of the modules that patch changes.
-FUSED = dict.fromkeys(MODELS, "embeddings") | {"gpt2": "", "llama": "embed_tokens"}
-DECODERS = ("gpt2", "llama")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")
+FUSED = dict.fromkeys(MODELS, "embeddings") | {"gpt2": ""} | dict.fromkeys(ROTARY, "embed_tokens")
+DECODERS = ("gpt2", *ROTARY)
 TYPED = ("bert", "electra", "roberta", "xlm-roberta", "camembert")
 
 

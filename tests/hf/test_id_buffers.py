@@ -9,9 +9,9 @@ import torch
 
 import embedkernels as ek
 from embedkernels.hf import fused, state
-from tests.hf.models import MODELS, POSITIONS, TYPED, build, ids, named_here, pair
+from tests.hf.models import DECODERS, MODELS, POSITIONS, TYPED, build, ids, named_here, pair
 
-STEMS = [name for name in MODELS if name not in ("gpt2", "llama")]
+STEMS = [name for name in MODELS if name not in DECODERS]
 
 
 def types_of_one(embeddings):

@@ -1,0 +1,300 @@
+"""Padding-free: a base model runs on the real tokens of a padded batch, packed into one row.
+
+The base model's forward is entered with ids and mask as always. The real tokens, with the positions they have in the
+padded batch, become one row of T tokens, in which each sequence of the batch is a document; attention goes by the
+documents' ends (``cu_seq_lens_q``), and everything else in these models treats every token by itself. What comes out
+is unpacked: (B, S, D), zeros where there was padding. One look at the mask is all that the host waits for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from embedkernels.hf import attention as hf_attention
+from embedkernels.hf import config, guards
+from embedkernels.hf.adapters import of_transformers
+from embedkernels.hf.calls import Forward, as_it_is_called, bound_by_name
+from embedkernels.ops.backend import makes_a_program
+from embedkernels.ops.eager import is_eager
+from embedkernels.ops.positions import count_positions
+
+FLAG = "_embedkernels_padding_free"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A class of base models that can run on real tokens alone.
+
+    Attributes:
+        name: the class, as ``"bert.BertModel"`` of transformers.models.
+        positions: where position ids come from if none are given: ``"arange"``, or ``"padding"``, counting the tokens
+            that are not padding by their ids.
+        decoder: causal, with a cache, and no output but of every token.
+        pooler: how the output of every sequence is made of its first token: not at all, by ``pooler`` as a module
+            that takes the hidden states, or by ``pooler`` and ``pooler_activation``.
+    """
+
+    name: str
+    positions: Literal["arange", "padding"] = "arange"
+    decoder: bool = False
+    pooler: Literal["", "module", "activation"] = ""
+
+
+MODELS = (
+    BaseModel("bert.BertModel", pooler="module"),
+    BaseModel("electra.ElectraModel"),
+    BaseModel("albert.AlbertModel", pooler="activation"),
+    BaseModel("roberta.RobertaModel", "padding", pooler="module"),
+    BaseModel("xlm_roberta.XLMRobertaModel", "padding", pooler="module"),
+    BaseModel("camembert.CamembertModel", "padding", pooler="module"),
+    BaseModel("distilbert.DistilBertModel"),
+    BaseModel("gpt2.GPT2Model", decoder=True),
+    BaseModel("llama.LlamaModel", decoder=True),
+    BaseModel("mistral.MistralModel", decoder=True),
+    BaseModel("qwen2.Qwen2Model", decoder=True),
+    BaseModel("qwen3.Qwen3Model", decoder=True),
+)
+_BY_CLASS = {
+    f"transformers.models.{module}.modeling_{module}.{cls}": row
+    for row in MODELS
+    for module, cls in [row.name.split(".")]
+}
+
+
+def base_model_of(cls: type) -> BaseModel | None:
+    """The row for a stock class, or None."""
+    row = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return row if row is not None and of_transformers(cls) else None
+
+
+def problem_around(path: str, modules: dict[str, nn.Module]) -> str | None:
+    """What around a base model would see that padding is not computed, or None.
+
+    Args:
+        path: that of the base model.
+        modules: of the whole model, by path.
+    """
+    parts = path.split(".")
+    for end in range(len(parts)):
+        outer = modules[".".join(parts[:end])]
+        if type(outer).__name__.endswith("ForQuestionAnswering"):
+            return f"the loss of {type(outer).__name__} sets the score of each token against those of padding too"
+    return None
+
+
+def supported() -> str:
+    """The models that can run padding-free, for messages."""
+    return ", ".join(row.name.split(".")[1] for row in MODELS)
+
+
+def is_padding_free(module: nn.Module) -> bool:
+    """Whether ``patch(padding_free=True)`` has changed this base model and ``unpatch`` has not changed it back."""
+    return FLAG in module.__dict__
+
+
+def unpadded(row: BaseModel, forward: Forward, stock_forward: Forward) -> Forward:
+    """``forward`` on the real tokens alone, for models with the flag and calls with padding.
+
+    Args:
+        row: that of the class.
+        forward: what runs otherwise, and on the real tokens.
+        stock_forward: the stock forward.
+    """
+    by_name = bound_by_name(stock_forward)
+    parameters = frozenset(inspect.signature(stock_forward).parameters)
+
+    @functools.wraps(stock_forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A graph would depend on how many tokens are real.
+        if not is_padding_free(self) or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        call = by_name(args, kwargs)
+        if call is None or not _has_padding_mask(call):
+            return forward(self, *args, **kwargs)
+        packing = None
+        reason = _misfit(self, row, call, parameters)
+        if reason is None:
+            packing, reason = _packing(self, row, call["attention_mask"])
+        if reason is not None:
+            guards.warn_once(self, f"{type(self).__name__}, padding and all,", reason)
+        if packing is None:
+            return forward(self, *args, **kwargs)
+        return _run(self, row, forward, call, packing, parameters)
+
+    return run
+
+
+def _has_padding_mask(call: dict[str, Any]) -> bool:
+    """Whether this is a call that could have padding, and that stock would not refuse."""
+    mask, ids, embeds = (call.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
+    if mask is None or (ids is None) == (embeds is None) or call.get("cu_seq_lens_q") is not None:
+        return False
+    tokens: Any = embeds if ids is None else ids
+    return not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != tokens.shape[:2])
+
+
+def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozenset[str]) -> str | None:
+    """Why this call cannot run on real tokens alone, as far as can be told without looking into its tensors."""
+    mask, tokens = call["attention_mask"], call.get("input_ids")
+    tokens = call["inputs_embeds"] if tokens is None else tokens
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return "attention_mask is not of the shape of input_ids"
+    names = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+    for name in (as_it_is_called(name, parameters) for name in names):
+        if name is not None and call.get(name) is not None:
+            return f"{name} is given"
+    if row.decoder:
+        use_cache = call.get("use_cache")
+        if use_cache or (use_cache is None and not model.training and getattr(model.config, "use_cache", False)):
+            return "a cache is asked for: pass use_cache=False where none is needed"
+    elif getattr(model.config, "is_decoder", False):
+        return "it is set up as a decoder (config.is_decoder)"
+    attentions = call.get("output_attentions")
+    if model.config.output_attentions if attentions is None else attentions:
+        return "output_attentions is asked for"
+    others = [name for name in config.implementations(model) if name != hf_attention.NAME]
+    if others:
+        return f"its attention implementation is {others[0]!r}"
+    if makes_a_program():
+        return "torch.export or torch.jit traces: sizes would depend on the mask"
+    if not is_eager(mask, tokens):
+        return "something watches or transforms the call (torch.func, a mode, a subclass of Tensor)"
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured: sizes would depend on the mask"
+    return None
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where the T real tokens of a (B, S) batch are.
+
+    Attributes:
+        shape: (B, S).
+        index: int64 (T,), of B·S.
+        ends: int32 (B + 1,), where each sequence starts in the row of T tokens, and the end.
+    """
+
+    shape: tuple[int, int]
+    index: Tensor
+    ends: Tensor
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(1, T, ...) of (B, S, ...), or of (1, S, ...) for all sequences."""
+        x = x.expand(self.shape[0], *x.shape[1:])
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, x: Any) -> Any:
+        """(B, S, ...) of (1, T, ...), zeros for padding; of any other as it is."""
+        if isinstance(x, tuple | list):
+            return type(x)(self.unpack(each) for each in x)
+        if not isinstance(x, Tensor) or x.dim() < 3 or x.shape[:2] != (1, self.index.shape[0]):
+            return x
+        batch, length = self.shape
+        return x.new_zeros(batch * length, *x.shape[2:]).index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+
+
+def _packing(model: Any, row: BaseModel, mask: Tensor) -> tuple[_Packing | None, str | None]:
+    """Where the real tokens are; None if all are or none is, or, with the reason, if that would not be exact."""
+    batch, length = mask.shape
+    buffer = getattr(model._modules.get("embeddings"), "position_ids", None)
+    if buffer is not None and buffer.shape[-1] < length:
+        return None, None  # stock refuses it, unless positions are given
+    real = mask.bool()
+    lengths = real.sum(1)
+    begins = real[:, 1:] & ~real[:, :-1]
+    facts = torch.stack([lengths.sum(), real[:, :1].all(1).sum(), (begins.sum(1) + real[:, 0] > 1).sum()])
+    total, first_is_real, torn = facts.tolist()  # all that the host waits for
+    if total in (0, batch * length):
+        return None, None
+    if not row.decoder and first_is_real < batch:
+        return None, "the first token of a sequence is padding: what is made of that one would be of none"
+    if torn and getattr(model.config, "sliding_window", None) is not None:
+        return None, "padding inside of a sequence: a sliding window counts it"
+    index = torch.nonzero_static(real.flatten(), size=total)[:, 0]
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    return _Packing((batch, length), index, ends), None
+
+
+def _position_ids(model: Any, row: BaseModel, call: dict[str, Any], packing: _Packing) -> Tensor:
+    """(1, T): the positions that the tokens have in the padded batch."""
+    given: Any = call.get("position_ids")
+    if given is not None:
+        return packing.pack(given)
+    stem = model._modules.get("embeddings")
+    if row.positions == "padding":
+        padding = stem.padding_idx
+        if call.get("input_ids") is not None:
+            return packing.pack(count_positions(call["input_ids"], padding_idx=padding, start=padding))
+        return packing.index[None] % packing.shape[1] + padding + 1
+    places = packing.index % packing.shape[1]
+    buffer = getattr(stem, "position_ids", None)
+    return places[None] if buffer is None else buffer[0].index_select(0, places)[None]
+
+
+def _run(
+    model: Any,
+    row: BaseModel,
+    forward: Callable[..., Any],
+    call: dict[str, Any],
+    packing: _Packing,
+    parameters: frozenset[str],
+) -> Any:
+    packed = dict(call)
+    for name in ("input_ids", "inputs_embeds", "token_type_ids"):
+        if call.get(name) is not None:
+            packed[name] = packing.pack(call[name])
+    types = getattr(model._modules.get("embeddings"), "token_type_ids", None)
+    if types is not None and "token_type_ids" in parameters and call.get("token_type_ids") is None:
+        packed["token_type_ids"] = packing.pack(types[:, : packing.shape[1]])
+    if "use_cache" in parameters:
+        packed["use_cache"] = False
+    as_dict = packed.pop("return_dict", None)
+    packed |= {
+        "position_ids": _position_ids(model, row, call, packing),
+        # Of four dimensions, it goes through transformers' mask functions as it is.
+        "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=packing.index.device),
+        "cu_seq_lens_q": packing.ends,
+        "cu_seq_lens_k": packing.ends,
+        "max_length_q": packing.shape[1],
+        "max_length_k": packing.shape[1],
+        "return_dict": True,
+    }
+    pooler = model._modules.get("pooler") if row.pooler else None
+    with hf_attention.every_call_is_packed(type(model).__name__):
+        output = forward(model if pooler is None else _WithoutPooler(model), **packed)
+    hidden = output.last_hidden_state
+    for name in list(output):
+        output[name] = packing.unpack(output[name])
+    if pooler is not None:
+        first = hidden[0].index_select(0, packing.ends[:-1])
+        pooled = pooler(first[:, None]) if row.pooler == "module" else model.pooler_activation(pooler(first))
+        output["pooler_output"] = pooled
+    as_dict = model.config.return_dict if as_dict is None else as_dict
+    return output if as_dict else output.to_tuple()
+
+
+class _WithoutPooler:
+    """A model as its own stock forward sees it during one call: its pooler is called afterwards."""
+
+    pooler = None
+
+    def __init__(self, model: nn.Module) -> None:
+        object.__setattr__(self, "_model", model)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
