@@ -182,13 +182,22 @@ def finetune(
     torch_compile: Annotated[
         bool, typer.Option("--torch-compile", help="Compile the model with torch.compile.", rich_help_panel=MACHINE)
     ] = False,
+    padding_free: Annotated[
+        bool,
+        typer.Option(
+            "--padding-free/--no-padding-free",
+            help="The patched model computes on real tokens only, where that is exact.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = Settings.padding_free,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=MACHINE)
     ] = False,
 ) -> None:
     """Fine-tune a model on your own labelled text with the Hugging Face Trainer.
 
-    The model's embeddings and attention are fused by embedkernels; --stock leaves them, --compare does both. What is
+    The model's embeddings and attention are fused by embedkernels, and padding is not computed; --stock leaves it as
+    it is, --compare does both. What is
     saved in --output loads with transformers alone. Exit code: 0 done, 1 failed, 2 an argument or its file is wrong.
 
     Example: embedkernels finetune --model bert-base-uncased --train reviews.csv --label sentiment
@@ -220,6 +229,7 @@ def finetune(
             dropout=dropout,
             gradient_checkpointing=gradient_checkpointing,
             torch_compile=torch_compile,
+            padding_free=padding_free,
         )
         from embedkernels.cli import finetune as command
 

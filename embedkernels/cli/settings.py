@@ -36,6 +36,7 @@ class Settings:
         precision: fp32, or autocast to bf16 or fp16 with weights in fp32.
         device: auto, cpu, cuda or mps.
         dropout: probability that replaces every dropout in the model's config; None leaves them.
+        padding_free: the patched model computes on the real tokens of a batch alone, where that is exact.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Settings:
     dropout: float | None = None
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    padding_free: bool = True
 
     def __post_init__(self) -> None:
         for argument, value, known in (
@@ -132,7 +134,8 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.default is MISSING or value != field.default:
-                argument = _ARGUMENTS.get(field.name, "--" + field.name.replace("_", "-"))
+                name = field.name.replace("_", "-")
+                argument = _ARGUMENTS.get(field.name, f"--no-{name}" if value is False else f"--{name}")
                 words += [argument] if isinstance(value, bool) else [argument, str(value)]
         return words
 

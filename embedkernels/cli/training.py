@@ -93,7 +93,7 @@ def run(settings: Settings, data: Data, output: Path, *, patched: bool, emit: Em
         notice(text)
     # The report says where ops run, so the model must be there already.
     model.to(device)
-    report = _patch(model, notice) if patched else None
+    report = _patch(model, settings, notice) if patched else None
 
     phase("encoding")
     length, why = _length(settings, model)
@@ -206,12 +206,14 @@ def _device(settings: Settings) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def _patch(model: Any, notice: Callable[[str], None]) -> Any:
+def _patch(model: Any, settings: Settings, notice: Callable[[str], None]) -> Any:
     from embedkernels.hf import patch
 
+    if settings.padding_free and settings.torch_compile:
+        notice("--torch-compile: a graph cannot depend on how many tokens are real, so padding is computed too")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = patch(model)
+        report = patch(model, padding_free=settings.padding_free and not settings.torch_compile)
     for warning in caught:
         notice(str(warning.message))
     return report

@@ -46,6 +46,9 @@ def test_a_speedup_compares_each_step_with_its_like() -> None:
         ([0.9, 0.97, 0.97, 0.98], "clear"),
         ([0.999] * 4, "no clear difference"),
         ([0.3, 0.5, 0.9, 1.0], "too noisy to tell"),
+        ([0.7, 1.0, 1.6, 1.7], "too noisy to tell"),
+        ([0.4, 0.5, 0.7, 0.8], "clear"),
+        ([1.2, 1.5, 2.0, 2.5], "clear"),
     ],
     ids=str,
 )

@@ -62,6 +62,7 @@ OTHER: dict[str, Any] = {
     "dropout": 0.0,
     "gradient_checkpointing": True,
     "torch_compile": True,
+    "padding_free": False,
 }
 
 

@@ -301,7 +301,7 @@ def test_a_model_whose_keywords_get_lost_is_an_error(monkeypatch: pytest.MonkeyP
     layer = type(free.encoder.layer[0])
     stock_forward = layer.forward
 
-    def lossy(self: Any, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+    def lossy(self: Any, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         return stock_forward(self, hidden_states, attention_mask)
 
     monkeypatch.setattr(layer, "forward", lossy)
