@@ -19,7 +19,8 @@ FILL = 0.53  # share of tokens that are not padding in batches of reviews or que
 class AttentionCase:
     """Scaled dot-product attention; ``fill`` < 1 pads the keys of every sequence to a different length.
 
-    ``window``: keys that a query sees on its left and right, beside its own.
+    ``window``: keys that a query sees on its left and right, beside its own. ``packed``: the real tokens of all
+    sequences lie in one row, as documents.
     """
 
     name: str
@@ -33,6 +34,7 @@ class AttentionCase:
     dropout: float = 0.0
     dtype: str = "bfloat16"
     window: tuple[int, int] | None = None
+    packed: bool = False
 
     def tiny(self) -> AttentionCase:
         kv_heads = 1 if self.kv_heads < self.heads else 2
@@ -87,6 +89,8 @@ ATTENTION = (
     AttentionCase("bert-base 512 full", 16, 512, 12, 12, 64),
     AttentionCase("llama-8b 2k causal", 2, 2048, 32, 8, 128, causal=True),
     AttentionCase("llama-1b 2k causal padded", 4, 2048, 32, 8, 64, causal=True, fill=FILL),
+    AttentionCase("bert-base 512 packed", 16, 512, 12, 12, 64, fill=FILL, packed=True),
+    AttentionCase("llama-1b 2k causal packed", 4, 2048, 32, 8, 64, causal=True, fill=FILL, packed=True),
     AttentionCase("bert-base 128 full", 32, 128, 12, 12, 64),
     AttentionCase("modernbert 1k window", 8, 1024, 12, 12, 64, window=(64, 64)),
     AttentionCase("bert-base 128 padded fp32", 32, 128, 12, 12, 64, fill=FILL, dropout=0.1, dtype="float32"),

@@ -164,10 +164,26 @@ def attention_rivals(tiny: bool) -> list[Rival]:  # noqa: ARG001
                 enable_gqa=x.query.shape[1] != x.key.shape[1],
                 key_lengths=x.lengths,
                 window=x.window,
+                cu_seqlens_q=x.ends,
             ),
             leaves(x),
             x.upstream,
         )
+
+    def varlen(x: SimpleNamespace, dropout: float) -> Prepared:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if x.ends is None or dropout:
+            raise NotImplementedError("takes packed documents only, and no dropout")
+
+        def run() -> Tensor:
+            rows = (t[0].transpose(0, 1) for t in (x.query, x.key, x.value))
+            options: dict[str, Any] = {"enable_gqa": True} if x.query.shape[1] != x.key.shape[1] else {}
+            window = (-1, 0) if x.causal else (-1, -1)
+            out = varlen_attn(*rows, x.ends, x.ends, x.longest, x.longest, window_size=window, **options)
+            return torch.as_tensor(out).transpose(0, 1)[None]
+
+        return differentiable(run, leaves(x), x.upstream)
 
     return [
         Rival("sdpa", sdpa(None)),
@@ -175,4 +191,5 @@ def attention_rivals(tiny: bool) -> list[Rival]:  # noqa: ARG001
         Rival("sdpa cuDNN", sdpa(SDPBackend.CUDNN_ATTENTION), wave=OTHERS),
         Rival("sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), wave=OTHERS),
         Rival("sdpa efficient", sdpa(SDPBackend.EFFICIENT_ATTENTION), wave=OTHERS),
+        Rival("torch varlen_attn", varlen, wave=OTHERS),
     ]

@@ -1,4 +1,4 @@
-"""One fine-tuning step of BERT: stock, compiled and patched, from the same random weights and the same batch.
+"""One fine-tuning step of BERT: stock, compiled, patched with and without padding, of the same weights and batch.
 
 Checked in evaluation mode (no dropout): the logits and two gradients against the stock model in float64, where the
 stock model in the step's own precision sets the yardstick; then the first training loss against stock's. Timed in
@@ -23,6 +23,8 @@ from bench.timing import Stopwatch, summary
 
 STOCK = "stock"
 OURS = "ours"
+FREE = "ours, padding-free"
+PATCHED = (OURS, FREE)
 COMPILED = "stock, torch.compile"
 BURST = 4  # steps per sample, so that the host may run ahead of the device as it does in training
 # With dropout two implementations draw different masks: their first losses agree only this well.
@@ -85,8 +87,8 @@ class StepRunner:
         """The rivals of a wave, as their entries begin."""
         from bench.suites import entry_of
 
-        names = ([COMPILED] if case.compiled else []) if wave else [STOCK, OURS]
-        return [entry_of(name, name == OURS, name == OURS) for name in names]
+        names = ([COMPILED] if case.compiled else []) if wave else [STOCK, *PATCHED]
+        return [entry_of(name, name in PATCHED, name in PATCHED) for name in names]
 
     def autocast(self, case: cases.StepCase) -> contextlib.AbstractContextManager[Any]:
         if case.precision == "fp32":
@@ -100,11 +102,15 @@ class StepRunner:
             record["patch_report"] = str(ek.patch(model, strict=True))
             return model
 
+        def padding_free(model: nn.Module) -> nn.Module:
+            record["padding_free_report"] = str(ek.patch(model, padding_free=True, strict=True))
+            return model
+
         def compiled(model: nn.Module) -> nn.Module:
             model.compile(dynamic=False, backend="aot_eager" if self.tiny else "inductor")
             return model
 
-        return {STOCK: lambda model: model, OURS: patched, COMPILED: compiled}
+        return {STOCK: lambda model: model, OURS: patched, FREE: padding_free, COMPILED: compiled}
 
     def outcome(self, model: nn.Module, batch: dict[str, Tensor], case: cases.StepCase | None) -> dict[str, Tensor]:
         """Logits and gradients in evaluation mode."""
@@ -155,7 +161,7 @@ class StepRunner:
                 ready[name] = self.stepper(change(copy.deepcopy(stock)), batch, case)
             if (name == COMPILED) != bool(wave):
                 continue
-            entry = {**entry_of(name, name == OURS, name == OURS), "detail": ""}
+            entry = {**entry_of(name, name in PATCHED, name in PATCHED), "detail": ""}
             record["rivals"].append(entry)
             if self.late():
                 entry.update(status="not run", detail="out of time")
@@ -200,7 +206,7 @@ class StepRunner:
                 yardstick.update(check.measure_yardstick(result, expected))
             elif not yardstick:
                 raise RuntimeError("no yardstick: the stock model has no result")
-            limit = check.OUR_LIMIT if name == OURS else check.RIVAL_LIMIT
+            limit = check.OUR_LIMIT if name in PATCHED else check.RIVAL_LIMIT
             verdict = check.judge(result, expected, yardstick, limit)
             entry["error_ratios"] = verdict.ratios
             if not verdict.ok:

@@ -65,11 +65,19 @@ def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleN
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(SEED)
 
-    def heads(count: int) -> Tensor:  # (B, H, S, D) as a projection leaves it: heads inside of the sequence
-        return torch.randn(case.batch, case.length, count, case.width, device=device).to(dtype).transpose(1, 2)
+    batch, length, lengths, mask, ends = case.batch, case.length, None, None, None
+    if case.packed:
+        ends = F.pad(cases.make_lengths(batch, length, case.fill).cumsum(0), (1, 0)).int()
+        batch, length = 1, int(ends[-1])
+        document = torch.searchsorted(ends[1:], torch.arange(length), right=True)
+        same = document[:, None] == document[None, :]
+        mask = (same.tril() if case.causal else same)[None, None].to(device)
+        ends = ends.to(device)
 
-    lengths = mask = None
-    if case.fill < 1 or case.window is not None:
+    def heads(count: int) -> Tensor:  # (B, H, S, D) as a projection leaves it: heads inside of the sequence
+        return torch.randn(batch, length, count, case.width, device=device).to(dtype).transpose(1, 2)
+
+    if not case.packed and (case.fill < 1 or case.window is not None):
         steps = torch.arange(case.length, device=device)
         visible = torch.ones(case.batch, case.length, case.length, dtype=torch.bool, device=device)
         if case.fill < 1:
@@ -90,6 +98,8 @@ def attention_inputs(case: cases.AttentionCase, device: torch.device) -> SimpleN
         mask=mask,
         causal=case.causal,
         window=case.window,
+        ends=ends,
+        longest=case.length,
     )
 
 

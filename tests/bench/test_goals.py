@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bench import cases, front_end, goals, host_time, markdown, rivals, table_grad
+from bench import cases, front_end, goals, host_time, markdown, rivals, step, table_grad
 from bench.goals import GOALS, Goal, judge
 
 CASES = {
     "embed": {case.name for case in front_end.CASES},
     "embedding_grad": {case.name for case in table_grad.CASES},
     "attention": {case.name for case in cases.ATTENTION},
+    "step": {case.name for case in cases.STEP},
     "host": set(host_time.CASES),
 }
 PASSES = ("forward", "training", "backward_to_rows")
-RIVALS = {
+PASSES_OF = {"host": host_time.PASSES, "step": ("step",)}
+RIVALS: dict[str, Callable[[bool], list[rivals.Rival]]] = {
     "embed": front_end.contestants,
     "embedding_grad": table_grad.contestants,
     "attention": rivals.attention_rivals,
+    "step": lambda _: [
+        rivals.Rival(name, rivals.attention_rivals(True)[0].build, ours=name in step.PATCHED)
+        for name in (step.STOCK, step.COMPILED, *step.PATCHED)
+    ],
 }
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: f"{goal.part} {goal.text}")
 def test_a_goal_is_about_what_there_is(goal: Goal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(goal.cases) <= CASES[goal.part]
-    assert set(goal.passes) <= set(host_time.PASSES if goal.part == "host" else PASSES)
+    assert set(goal.passes) <= set(PASSES_OF.get(goal.part, PASSES))
+    if goal.part in RIVALS:
+        assert goal.ours in {one.name for one in RIVALS[goal.part](True) if one.ours}
     if goal.kind == "alike":
         assert goal.against in CASES[goal.part]
     if goal.kind == "faster" and goal.against != "best rival":

@@ -83,6 +83,18 @@ def test_operations_of_a_step_are_counted() -> None:
     assert step.flops(step.make_model(case, CPU), dataclasses.replace(case, precision="fp32")) == 0
 
 
+def test_the_padding_free_model_computes_real_tokens_only() -> None:
+    record: dict[str, Any] = {"name": CASE.name, "rivals": []}
+    changes = step.StepRunner(CPU, 60, True).rivals(record)
+    model = changes[step.FREE](step.make_model(CASE, CPU))
+    assert "real tokens only" in record["padding_free_report"]
+    seen: list[int] = []
+    model.get_submodule("bert.encoder.layer.0").register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    batch = step.make_batch(CASE, CPU)
+    model(**batch)
+    assert seen == [int(batch["attention_mask"].sum())]
+
+
 def test_torch_compile_waits_until_every_case_has_stock_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     small = tuple(dataclasses.replace(case.tiny(), compiled=True) for case in cases.STEP)
     monkeypatch.setattr(cases, "STEP", small)
@@ -96,8 +108,8 @@ def test_torch_compile_waits_until_every_case_has_stock_and_ours(monkeypatch: py
     monkeypatch.setattr(step.StepRunner, "checked", spy)
     saved: list[dict[str, Any]] = []
     assert suites.run("step", CPU, 120, True, saved.append), saved[-1]["problems"]
-    waves = [[step.STOCK, "ours"], [step.COMPILED]]
+    waves = [[step.STOCK, *step.PATCHED], [step.COMPILED]]
     assert order == [(case.precision, name) for wave in waves for case in small for name in wave]
     for case in saved[-1]["cases"]:
-        assert [entry["status"] for entry in case["rivals"]] == ["ok"] * 3
+        assert [entry["status"] for entry in case["rivals"]] == ["ok"] * 4
         assert all(entry["passes"]["step"]["median_us"] > 0 for entry in case["rivals"])
