@@ -15,7 +15,19 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
     )
 
 from embedkernels.hf.attention import NAME as ATTENTION
+from embedkernels.hf.callback import EmbedKernelsCallback
+from embedkernels.hf.collator import PackingCollator
 from embedkernels.hf.patch import describe, patch, unpatch
 from embedkernels.hf.report import Entry, OpChoice, PatchReport
 
-__all__ = ["ATTENTION", "Entry", "OpChoice", "PatchReport", "describe", "patch", "unpatch"]
+__all__ = [
+    "ATTENTION",
+    "EmbedKernelsCallback",
+    "Entry",
+    "OpChoice",
+    "PackingCollator",
+    "PatchReport",
+    "describe",
+    "patch",
+    "unpatch",
+]

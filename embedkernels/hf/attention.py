@@ -27,6 +27,8 @@ from embedkernels.ops import attention as attention_op
 from embedkernels.ops.backend import needs_stock_autograd
 
 NAME = "embedkernels"
+# What a base model takes out of the keywords if it runs on a batch that came packed from a collator.
+PACKED = "packed_batch"
 # Within a model that runs on packed tokens: its class, and how many calls there were.
 _packed_in: ContextVar[tuple[str, list[None]] | None] = ContextVar("_packed_in", default=None)
 
@@ -87,6 +89,11 @@ def attention_forward(
             ``sliding_window`` without a mask that contains it for other numbers of keys than of queries); for a mask
             of more or fewer keys than there are.
     """
+    if kwargs.get(PACKED):
+        raise ValueError(
+            f"a batch of embedkernels.hf.PackingCollator reached {type(module).__name__} of a model that does "
+            "not run padding-free: embedkernels.patch(model, padding_free=True), not compiled"
+        )
     _refuse(kwargs, attention_mask, query.shape[2], key.shape[2])
     if kwargs.pop("output_attentions", False):
         _warn_once(f'{NAME!r} gives no attention weights for output_attentions=True: set "eager" for them')

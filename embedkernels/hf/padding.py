@@ -3,7 +3,8 @@
 The base model's forward is entered with ids and mask as always. The real tokens, with the positions they have in the
 padded batch, become one row of T tokens, in which each sequence of the batch is a document; attention goes by the
 documents' ends (``cu_seq_lens_q``), and everything else in these models treats every token by itself. What comes out
-is unpacked: (B, S, D), zeros where there was padding. One look at the mask is all that the host waits for.
+is unpacked: (B, S, D), zeros where there was padding. One look at the mask is all that the host waits for; for nothing
+where a collator (:class:`embedkernels.hf.PackingCollator`) has packed the tokens before.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from embedkernels.ops.eager import is_eager
 from embedkernels.ops.positions import count_positions
 
 FLAG = "_embedkernels_padding_free"
+# The keyword of a batch that a collator has packed.
+PACKED = hf_attention.PACKED
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ def unpadded(row: BaseModel, forward: Forward, stock_forward: Forward) -> Forwar
         if not is_padding_free(self) or torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
+        if call is not None and call.get(PACKED):
+            reason = _misfit(self, row, call, parameters)
+            if reason is not None:
+                raise ValueError(f"{type(self).__name__} cannot run on a packed batch: {reason}")
+            return _run(self, row, forward, call, _packed_before(call), parameters)
         if call is None or not _has_padding_mask(call):
             return forward(self, *args, **kwargs)
         packing = None
@@ -143,9 +151,11 @@ def _has_padding_mask(call: dict[str, Any]) -> bool:
 
 def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozenset[str]) -> str | None:
     """Why this call cannot run on real tokens alone, as far as can be told without looking into its tensors."""
-    mask, tokens = call["attention_mask"], call.get("input_ids")
-    tokens = call["inputs_embeds"] if tokens is None else tokens
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    mask, tokens, packed = call.get("attention_mask"), call.get("input_ids"), call.get(PACKED)
+    tokens = call.get("inputs_embeds") if tokens is None else tokens
+    if packed and (mask is not None or tokens is None or tokens.shape[0] != 1):
+        return "it takes one row of input_ids or inputs_embeds, and no attention_mask"
+    if not packed and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "attention_mask is not of the shape of input_ids"
     names = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
     for name in (as_it_is_called(name, parameters) for name in names):
@@ -153,7 +163,8 @@ def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozen
             return f"{name} is given"
     if row.decoder:
         use_cache = call.get("use_cache")
-        if use_cache or (use_cache is None and not model.training and getattr(model.config, "use_cache", False)):
+        by_default = not packed and not model.training and getattr(model.config, "use_cache", False)
+        if use_cache or (use_cache is None and by_default):
             return "a cache is asked for: pass use_cache=False where none is needed"
     elif getattr(model.config, "is_decoder", False):
         return "it is set up as a decoder (config.is_decoder)"
@@ -167,7 +178,7 @@ def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozen
         return "torch.export or torch.jit traces: sizes would depend on the mask"
     if not is_eager(mask, tokens):
         return "something watches or transforms the call (torch.func, a mode, a subclass of Tensor)"
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    if mask is not None and mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured: sizes would depend on the mask"
     return None
 
@@ -180,11 +191,13 @@ class _Packing:
         shape: (B, S).
         index: int64 (T,), of B·S.
         ends: int32 (B + 1,), where each sequence starts in the row of T tokens, and the end.
+        given: whether the model was called with the row of T tokens.
     """
 
     shape: tuple[int, int]
     index: Tensor
     ends: Tensor
+    given: bool = False
 
     def pack(self, x: Tensor) -> Tensor:
         """(1, T, ...) of (B, S, ...), or of (1, S, ...) for all sequences."""
@@ -223,16 +236,30 @@ def _packing(model: Any, row: BaseModel, mask: Tensor) -> tuple[_Packing | None,
     return _Packing((batch, length), index, ends), None
 
 
+def _packed_before(call: dict[str, Any]) -> _Packing:
+    """Where the tokens of a row that came packed would be in a padded batch."""
+    ends, longest = call["cu_seq_lens_q"], int(call["max_length_q"])
+    tokens: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+    at = torch.arange(tokens.shape[1], device=ends.device)
+    sequence = torch.searchsorted(ends[1:].long(), at, right=True)
+    index = sequence * longest + at - ends.index_select(0, sequence)
+    return _Packing((ends.shape[0] - 1, longest), index, ends, given=True)
+
+
 def _position_ids(model: Any, row: BaseModel, call: dict[str, Any], packing: _Packing) -> Tensor:
     """(1, T): the positions that the tokens have in the padded batch."""
     given: Any = call.get("position_ids")
     if given is not None:
-        return packing.pack(given)
+        return torch.as_tensor(given) if packing.given else packing.pack(given)
     stem = model._modules.get("embeddings")
     if row.positions == "padding":
         padding = stem.padding_idx
-        if call.get("input_ids") is not None:
-            return packing.pack(count_positions(call["input_ids"], padding_idx=padding, start=padding))
+        ids = call.get("input_ids")
+        if ids is not None and packing.given:
+            batch, length = packing.shape
+            ids = ids.new_full((batch * length,), padding).index_copy(0, packing.index, ids[0]).view(batch, length)
+        if ids is not None:
+            return packing.pack(count_positions(ids, padding_idx=padding, start=padding))
         return packing.index[None] % packing.shape[1] + padding + 1
     places = packing.index % packing.shape[1]
     buffer = getattr(stem, "position_ids", None)
@@ -247,9 +274,9 @@ def _run(
     packing: _Packing,
     parameters: frozenset[str],
 ) -> Any:
-    packed = dict(call)
+    packed = {name: value for name, value in call.items() if name != PACKED}
     for name in ("input_ids", "inputs_embeds", "token_type_ids"):
-        if call.get(name) is not None:
+        if call.get(name) is not None and not packing.given:
             packed[name] = packing.pack(call[name])
     types = getattr(model._modules.get("embeddings"), "token_type_ids", None)
     if types is not None and "token_type_ids" in parameters and call.get("token_type_ids") is None:

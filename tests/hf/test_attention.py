@@ -27,7 +27,7 @@ from embedkernels.hf import masks
 from tests.hf.models import VOCAB, build, ids, padded, pair
 
 BERT = transformers.BertConfig()
-MISTRAL = transformers.MistralConfig()
+MISTRAL = transformers.OlmoConfig()
 
 
 class Module(nn.Module):
