@@ -3,8 +3,8 @@
 The base model's forward is entered with ids and mask as always. The real tokens, with the positions they have in the
 padded batch, become one row of T tokens, in which each sequence of the batch is a document; attention goes by the
 documents' ends (``cu_seq_lens_q``), and everything else in these models treats every token by itself. What comes out
-is unpacked: (B, S, D), zeros where there was padding. One look at the mask is all that the host waits for; for nothing
-where a collator (:class:`embedkernels.hf.PackingCollator`) has packed the tokens before.
+is unpacked: (B, S, D), zeros where there was padding. One look at the mask is all that the host waits for; where a
+collator (:class:`embedkernels.hf.PackingCollator`) has packed the tokens before, it waits for nothing.
 """
 
 from __future__ import annotations

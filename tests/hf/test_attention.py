@@ -27,7 +27,7 @@ from embedkernels.hf import masks
 from tests.hf.models import VOCAB, build, ids, padded, pair
 
 BERT = transformers.BertConfig()
-MISTRAL = transformers.OlmoConfig()
+OLMO = transformers.OlmoConfig()
 
 
 class Module(nn.Module):
@@ -148,7 +148,7 @@ def test_on_the_cpu_the_mask_is_the_one_of_sdpa(pattern, q, k, offset, padding):
         {"local_size": 4},
         {"use_vmap": True, "attention_mask": None, "allow_is_causal_skip": False},
         {"allow_is_causal_skip": False},
-        {"config": MISTRAL},  # may slice its mask: nobody has looked
+        {"config": OLMO},  # may slice its mask: nobody has looked
         {"config": None},
     ],
 )
@@ -249,7 +249,7 @@ TENSORS = ("attention_mask", "position_bias")
         {"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()},
         {"position_bias": torch.randn(1, 2, 5, 5)},
         {"position_bias": torch.randn(1, 2, 5, 5), "attention_mask": torch.ones(2, 1, 1, 5, dtype=torch.bool)},
-        {"attention_mask": torch.ones(5, 5, dtype=torch.bool).tril(), "config": MISTRAL},
+        {"attention_mask": torch.ones(5, 5, dtype=torch.bool).tril(), "config": OLMO},
         {"dim": 8},
         {"dim": 144},
         {"dtype": torch.float64},
@@ -477,7 +477,7 @@ def test_dropout_reaches_the_kernels(kernel_calls):
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("window", [3, None])
 def test_any_model_of_the_interface_can_use_it(window):
-    """Mistral has no row in the table: its masks are dense, and it equals stock, window and all."""
+    """Masks that contain a window are dense, and the model equals stock, window and all."""
     config = transformers.MistralConfig(
         vocab_size=VOCAB,
         hidden_size=32,
