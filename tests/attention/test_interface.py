@@ -85,7 +85,7 @@ def test_the_op_itself_gives_keys_that_no_head_reads_zeros(device: torch.device,
     cases.poisoned_allocations(monkeypatch)
     query = torch.zeros(1, 0, 5, 16, device=device)
     key = torch.ones(1, 2, 7, 16, device=device, requires_grad=True)
-    out, _ = torch.ops.embedkernels.attention_forward(query, key, key, None, None, None, 0.25, False, 0, 0.0)
+    out, _ = torch.ops.embedkernels.attention_forward(query, key, key, None, None, None, None, 0.25, False, 0, 0.0)
     (grad,) = torch.autograd.grad(out, key, torch.zeros_like(out))
     assert torch.equal(grad, torch.zeros_like(key))
 

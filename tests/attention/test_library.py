@@ -29,7 +29,7 @@ def test_opcheck_forward(layout: str, rich: bool, device: torch.device) -> None:
         mask = torch.rand(1, 20, device=device) < 0.7
         bounds = OPS.attention_key_bounds(mask, None, None, 1, 20)
         seed = torch.randint(0, 2**62, (1,), device=device)
-    args = (*call.leaves, bounds, mask, seed, 0.25, rich, 3, 0.3 if rich else 0.0)
+    args = (*call.leaves, bounds, mask, None, seed, 0.25, rich, 3, 0.3 if rich else 0.0)
     torch.library.opcheck(OPS.attention_forward.default, args)
 
 
@@ -37,8 +37,8 @@ def test_opcheck_forward(layout: str, rich: bool, device: torch.device) -> None:
 def test_opcheck_backward(needs: tuple[bool, bool], device: torch.device) -> None:
     call = cases.inputs(batch=1, heads=(2, 1), lengths=(9, 20), head_size=16, layout="transposed", device=device)
     tensors = [x.detach() for x in call.leaves]
-    out, lse = OPS.attention_forward(*tensors, None, None, None, 0.25, True, 0, 0.0)
-    args = (call.grad, *tensors, out, lse, None, None, None, 0.25, True, 0, 0.0, None, *needs)
+    out, lse = OPS.attention_forward(*tensors, None, None, None, None, 0.25, True, 0, 0.0)
+    args = (call.grad, *tensors, out, lse, None, None, None, None, 0.25, True, 0, 0.0, None, *needs)
     # The gradient of the backward is an error on purpose.
     torch.library.opcheck(OPS.attention_backward.default, args, test_utils=("test_schema", "test_faketensor"))
 
