@@ -379,6 +379,7 @@ FAMILIES = (
     Family("CamemBERT", "camembert", "transformers.models.camembert.modeling_camembert"),
     Family("DistilBERT", "distilbert", "transformers.models.distilbert.modeling_distilbert"),
     Family("ALBERT", "albert", "transformers.models.albert.modeling_albert"),
+    Family("ModernBERT", "modernbert", "transformers.models.modernbert.modeling_modernbert"),
     Family("GPT-2", "gpt2", "transformers.models.gpt2.modeling_gpt2"),
     Family("Llama", "llama", "transformers.models.llama.modeling_llama"),
     Family("Mistral", "mistral", "transformers.models.mistral.modeling_mistral"),

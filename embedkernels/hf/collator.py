@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedkernels.hf.padding import PACKED, is_padding_free
+from embedkernels.hf.padding import FLAG, PACKED, is_padding_free
 
 IGNORED = -100
 
@@ -54,14 +54,13 @@ class PackingCollator:
             ``max_length_k``, the longest example; ``labels`` (B,), or (B, S) with -100 behind the tokens.
 
         Raises:
-            ValueError: no examples, examples of different keys, one without a token, or a model that pads.
+            ValueError: no examples, examples of different keys, one without a token, a model that pads, or one with a
+                head that needs ids or mask of a padded batch, as that of decoders for sequence classification.
         """
         if not examples:
             raise ValueError("PackingCollator: no examples")
-        if self.model is not None and not any(is_padding_free(module) for module in self.model.modules()):
-            raise ValueError(
-                "PackingCollator: the model does not run padding-free: embedkernels.patch(model, padding_free=True)"
-            )
+        if self.model is not None:
+            _check_model(self.model)
         names = set(examples[0])
         if any(set(example) != names for example in examples):
             raise ValueError(f"PackingCollator: examples of different keys, the first has {sorted(names)}")
@@ -81,6 +80,19 @@ class PackingCollator:
             if name in names:
                 batch["labels"] = _labels([example[name] for example in examples], kept, longest)
         return {**batch, PACKED: True}
+
+
+def _check_model(model: nn.Module) -> None:
+    heads = [module.__dict__[FLAG] for module in model.modules() if is_padding_free(module)]
+    if not heads:
+        raise ValueError(
+            "PackingCollator: the model does not run padding-free: embedkernels.patch(model, padding_free=True)"
+        )
+    if heads[0]:
+        raise ValueError(
+            f"PackingCollator: {heads[0]} looks at ids or mask of a padded batch: use a collator that pads, which "
+            "costs a padding-free model next to nothing"
+        )
 
 
 def _row(values: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from embedkernels.hf import attention as hf_attention
 from embedkernels.hf import config, guards
@@ -28,6 +29,9 @@ from embedkernels.ops.eager import is_eager
 from embedkernels.ops.positions import count_positions
 
 FLAG = "_embedkernels_padding_free"
+# Heads that look at nothing but what the base model gives, and labels. Others find the last token by ids, or average
+# by the mask, which a batch that comes packed does not have in the shape of the output.
+_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForSequenceClassification")
 # The keyword of a batch that a collator has packed.
 PACKED = hf_attention.PACKED
 
@@ -59,6 +63,7 @@ MODELS = (
     BaseModel("xlm_roberta.XLMRobertaModel", "padding", pooler="module"),
     BaseModel("camembert.CamembertModel", "padding", pooler="module"),
     BaseModel("distilbert.DistilBertModel"),
+    BaseModel("modernbert.ModernBertModel"),
     BaseModel("gpt2.GPT2Model", decoder=True),
     BaseModel("llama.LlamaModel", decoder=True),
     BaseModel("mistral.MistralModel", decoder=True),
@@ -93,6 +98,26 @@ def problem_around(path: str, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
+def head_that_needs_padding(path: str, modules: dict[str, nn.Module]) -> str:
+    """The head around a base model that cannot take a batch that comes packed; empty if there is none.
+
+    Args:
+        path: that of the base model.
+        modules: of the whole model, by path.
+    """
+    base, parts = modules[path], path.split(".")
+    row: Any = base_model_of(getattr(type(base), "_embedkernels_stock", type(base)))
+    for end in range(len(parts) if path else 0):
+        outer: Any = modules[".".join(parts[:end])]
+        name = type(outer).__name__
+        if not isinstance(outer, PreTrainedModel):
+            continue
+        by_tokens = row.decoder or getattr(outer.config, "classifier_pooling", "cls") != "cls"
+        if not name.endswith(_HEADS) or (by_tokens and name.endswith("ForSequenceClassification")):
+            return name
+    return ""
+
+
 def supported() -> str:
     """The models that can run padding-free, for messages."""
     return ", ".join(row.name.split(".")[1] for row in MODELS)
@@ -121,8 +146,9 @@ def unpadded(row: BaseModel, forward: Forward, stock_forward: Forward) -> Forwar
             return forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
         if call is not None and call.get(PACKED):
-            reason = _misfit(self, row, call, parameters)
-            if reason is not None:
+            head = self.__dict__[FLAG]
+            reason = _misfit(self, row, call, parameters) or (head and f"{head} looks at ids or mask of a padded one")
+            if reason:
                 raise ValueError(f"{type(self).__name__} cannot run on a packed batch: {reason}")
             return _run(self, row, forward, call, _packed_before(call), parameters)
         if call is None or not _has_padding_mask(call):

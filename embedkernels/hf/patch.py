@@ -193,7 +193,8 @@ def _apply(model: nn.Module, step: _Step) -> None:
         if step.entry.status != "left alone" and isinstance(module, PreTrainedModel):
             config.set_attention(model, module, hf_attention.NAME)
     elif step.change and step.entry.part == "padding":
-        module.__dict__[padding.FLAG] = True
+        path = step.entry.path
+        module.__dict__[padding.FLAG] = padding.head_that_needs_padding(path, dict(model.named_modules()))
         if not fused.has_fused_class(module):
             module.__class__ = fused.fused_class(type(module))
     elif step.change:

@@ -46,6 +46,24 @@ def _distilbert(layers: int, dropout: float) -> PreTrainedModel:
     return transformers.DistilBertModel(config)
 
 
+def _modernbert(layers: int, dropout: float) -> PreTrainedModel:
+    """A window of 3 tokens on either side in every layer but the first."""
+    config = transformers.ModernBertConfig(
+        **(_SHARED | {"cls_token_id": 3, "sep_token_id": 2}),
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=layers,
+        intermediate_size=48,
+        max_position_embeddings=POSITIONS,
+        local_attention=6,
+        global_attn_every_n_layers=3,
+        embedding_dropout=dropout,
+        attention_dropout=dropout,
+        mlp_dropout=dropout,
+    )
+    return transformers.ModernBertModel(config)
+
+
 def _gpt2(layers: int, dropout: float) -> PreTrainedModel:
     config = transformers.GPT2Config(
         **_SHARED,
@@ -84,6 +102,7 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "camembert": _encoder(transformers.CamembertConfig, transformers.CamembertModel),
     "albert": _encoder(transformers.AlbertConfig, transformers.AlbertModel, embedding_size=32),
     "distilbert": _distilbert,
+    "modernbert": _modernbert,
     "gpt2": _gpt2,
     "llama": _rotary_decoder(transformers.LlamaConfig, transformers.LlamaModel),
     "mistral": _rotary_decoder(transformers.MistralConfig, transformers.MistralModel, head_dim=16, sliding_window=5),
@@ -93,6 +112,8 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 # Paths of the modules that patch changes.
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 FUSED = dict.fromkeys(MODELS, "embeddings") | {"gpt2": ""} | dict.fromkeys(ROTARY, "embed_tokens")
+# Modules whose query and key are turned by rotary positions, in a model of one layer.
+TURNED = dict.fromkeys(ROTARY, "layers.0.self_attn") | {"modernbert": "layers.0.attn"}
 DECODERS = ("gpt2", *ROTARY)
 TYPED = ("bert", "electra", "roberta", "xlm-roberta", "camembert")
 

@@ -17,7 +17,7 @@ import embedkernels as ek
 from embedkernels.hf import describe, fused
 from embedkernels.hf.adapters import ADAPTERS
 from embedkernels.hf.report import PatchReport
-from tests.hf.models import FUSED, MODELS, ROTARY, VOCAB, build, ids, padded, pair
+from tests.hf.models import FUSED, MODELS, ROTARY, TURNED, VOCAB, build, ids, padded, pair
 
 BY_NAME = pytest.mark.parametrize("name", MODELS)
 
@@ -45,7 +45,7 @@ def test_nothing_visible_changes_and_unpatch_restores_everything(name):
     assert model.config.to_json_string() == config
     assert model.config._attn_implementation == "embedkernels"
     changed = [n for n, m in model.named_modules() if fused.is_fused(m)]
-    assert changed == [FUSED[name], *(["layers.0.self_attn"] if name in ROTARY else [])]
+    assert changed == [FUSED[name], *([TURNED[name]] if name in TURNED else [])]
     assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes, strict=True))
     assert report.active
     ek.unpatch(model)

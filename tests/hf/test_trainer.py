@@ -138,6 +138,27 @@ def test_a_decoder_takes_a_packed_batch_in_evaluation_too() -> None:
         model(**batch, use_cache=True)
 
 
+def test_a_head_that_looks_at_ids_or_mask_refuses_a_packed_batch() -> None:
+    """It would take the last token of all texts for that of each."""
+    model = transformers.LlamaForSequenceClassification(build("llama").config)
+    ek.patch(model, padding_free=True)
+    rows = examples()
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification looks at ids or mask of a padded batch"):
+        PackingCollator(model)(rows)
+    with pytest.raises(ValueError, match="LlamaModel cannot run on a packed batch: LlamaForSequenceClassification"):
+        model(**PackingCollator()(rows))
+    for pooling in ("cls", "mean"):
+        config = copy.deepcopy(build("modernbert").config)
+        config.classifier_pooling = pooling
+        model = transformers.ModernBertForSequenceClassification(config)
+        ek.patch(model, padding_free=True)
+        if pooling == "cls":
+            assert model(**PackingCollator(model)(rows)).logits.shape == (6, 2)
+        else:
+            with pytest.raises(ValueError, match="ModernBertForSequenceClassification looks at ids or mask"):
+                PackingCollator(model)(rows)
+
+
 HEADS = {
     "bert": transformers.BertForSequenceClassification,
     "roberta": transformers.RobertaForTokenClassification,
