@@ -105,6 +105,11 @@ def attention_forward(
     ):
         # Not one of ours: a mask of (Sq, Sk), which SDPA broadcasts.
         attention_mask = attention_mask[None, None]
+    if attention_mask is not None and masks.is_ranges(attention_mask):
+        reason = _why_not_kernels(query, key, value)
+        if reason is None and attention_mask.shape[2] == query.shape[2] + key.shape[2]:
+            return _run_in_ranges(query, key, value, attention_mask, dropout, scaling), None
+        attention_mask = masks.ranges_to_dense(attention_mask, query.shape[2])
     attention_mask = masks.of_all_keys(attention_mask, key.shape[2])
     documents = _documents(kwargs, query)
     if (within := _packed_in.get()) is not None:
@@ -279,6 +284,23 @@ def _run(
         window=None if window is None else (window, window),
         cu_seqlens_q=of_q,
         cu_seqlens_k=of_k,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _run_in_ranges(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    ranges, keys = masks.split_ranges(mask, query.shape[2])
+    out = attention_op.attention_in_ranges(
+        query,
+        key,
+        value,
+        ranges,
+        key_mask=keys,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous()
 

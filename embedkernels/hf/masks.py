@@ -5,6 +5,9 @@ patterns they understand, the mask keeps its size in keys, and its shape says th
 
 - ``(B, 1, 1, Sk)``, bool: these keys, for every query. It is an ordinary mask by broadcasting.
 - ``(B, Sk)``, bool: these keys, and causal with the last query on the last key.
+- ``(B, 2, Sq + Sk)``, int32: a window, or documents packed into each row (which transformers tells by the position
+  ids), or both: the range of keys that every query sees, and of queries to every key, as ``attention_in_ranges``
+  takes it. ``(B, 3, Sq + Sk)``: the third row says which keys count.
 
 Anything else, and everything on a device where the kernels do not run, is what transformers builds for SDPA.
 """
@@ -12,15 +15,24 @@ Anything else, and everything on a device where the kernels do not run, is what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
 
 from embedkernels.hf.adapters import MODEL_TYPES
 from embedkernels.ops.backend import choose
+from embedkernels.reference.attention import visible_in_ranges
 
 
 @torch.compiler.assume_constant_result
@@ -48,8 +60,7 @@ def attention_mask(
         **kwargs: as for ``transformers.masking_utils.sdpa_mask``.
     """
     device = torch.device(kwargs.get("device", "cpu"))
-    plain = not kwargs.get("use_vmap") and kwargs.get("local_size") is None
-    if plain and understood(kwargs.get("config")) and attention_backend(device) == "triton":
+    if not kwargs.get("use_vmap") and understood(kwargs.get("config")) and attention_backend(device) == "triton":
         made = _compact(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, kwargs)
         if made is not _DENSE:
             return made  # type: ignore[return-value]
@@ -85,30 +96,165 @@ def _compact(
     kwargs: dict[str, Any],
 ) -> Tensor | object | None:
     """The compact mask, None, or ``_DENSE`` where only a dense mask says it. Never waits for the device."""
-    if mask_function is causal_mask_function:
+    pattern = pattern_of(mask_function)
+    if pattern is None or (pattern.window is None and kwargs.get("local_size") is not None):
+        return _DENSE
+    if pattern.documents is not None or (pattern.window is not None and pattern.window < kv_length - 1):
+        device = torch.device(kwargs.get("device", "cpu"))
+        return _ranges(batch_size, q_length, kv_length, q_offset, kv_offset, pattern, padding, device)
+    if pattern.causal:
         # A static cache has its offset on the device, and more keys than queries have seen.
         aligned = not isinstance(q_offset, Tensor) and q_offset == kv_length - q_length
         if not kwargs.get("allow_is_causal_skip", True) or not aligned:
             return _DENSE
         causal = q_length > 1
-    elif mask_function is bidirectional_mask_function:
+    else:
         if not kwargs.get("allow_is_bidirectional_skip", False):
             return _DENSE
         causal = False
-    else:
-        return _DENSE
     if kv_offset != 0:
         return _DENSE
     if padding is None:
         if not causal or q_length == kv_length:
             return None
         return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-    if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[0] != batch_size:
+    keys = _keys(padding, batch_size, kv_length)
+    if keys is None:
         return _DENSE
-    keys = padding[:, :kv_length]
-    if keys.shape[1] < kv_length:
-        keys = F.pad(keys, (0, kv_length - keys.shape[1]))
     return keys if causal else keys[:, None, None, :]
+
+
+def _keys(padding: Tensor, batch_size: int, kv_length: int) -> Tensor | None:
+    """bool (B, Sk), which keys are no padding; None for a mask of another kind."""
+    if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[0] != batch_size:
+        return None
+    keys = padding[:, :kv_length]
+    return F.pad(keys, (0, kv_length - keys.shape[1])) if keys.shape[1] < kv_length else keys
+
+
+class Pattern(NamedTuple):
+    """What a mask function of transformers describes.
+
+    Attributes:
+        causal: a query sees no key after its own position.
+        window: it sees so many keys before, and after if not causal; None for all.
+        documents: int (B, S), a number of the document that a token is in, which never decreases along a row; a query
+            sees its own document alone. None if there is one.
+    """
+
+    causal: bool
+    window: int | None = None
+    documents: Tensor | None = None
+
+
+# Mask functions are closures: of one kind are those that share their code.
+_AND, _BEFORE, _AROUND, _SAME = (
+    made.__code__
+    for made in (
+        and_masks(causal_mask_function),
+        sliding_window_overlay(1),
+        sliding_window_bidirectional_overlay(1),
+        packed_sequence_mask_function(torch.zeros((1, 1), dtype=torch.int64)),
+    )
+)
+
+
+def pattern_of(mask_function: Callable[..., Any]) -> Pattern | None:
+    """What ``mask_function`` describes; None for anything but an order, a window and documents."""
+    if mask_function is causal_mask_function:
+        return Pattern(True)
+    if mask_function is bidirectional_mask_function:
+        return Pattern(False)
+    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
+        return None
+    pattern, around = Pattern(False), None
+    for part in _captured(mask_function)["mask_functions"]:
+        code = getattr(part, "__code__", None)
+        if code is _BEFORE:
+            # Of w keys, its own among them.
+            pattern = pattern._replace(window=_captured(part)["sliding_window"] - 1)
+        elif code is _AROUND:
+            around = _captured(part)["sliding_window"]
+        elif code is _SAME:
+            pattern = pattern._replace(documents=_captured(part)["packed_sequence_mask"])
+        else:
+            inner = pattern_of(part)
+            if inner is None or (inner.window is not None and pattern.window is not None):
+                return None
+            pattern = Pattern(
+                pattern.causal or inner.causal,
+                pattern.window if inner.window is None else inner.window,
+                pattern.documents if inner.documents is None else inner.documents,
+            )
+    if around is not None:
+        return None if pattern.causal or pattern.window is not None else pattern._replace(window=around)
+    # A window before a query alone belongs to causal order.
+    return None if pattern.window is not None and not pattern.causal else pattern
+
+
+def _captured(function: Any) -> dict[str, Any]:
+    return {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    }
+
+
+def _ranges(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    pattern: Pattern,
+    padding: Tensor | None,
+    device: torch.device,
+) -> Tensor | object:
+    """The compact mask of a window or of documents, or ``_DENSE``."""
+    documents = pattern.documents
+    if isinstance(q_offset, Tensor) or kv_offset != 0:
+        return _DENSE
+    whole = q_offset == 0 and q_length == kv_length
+    if documents is not None and not (whole and documents.shape == (batch_size, q_length)):
+        return _DENSE
+    keys = None if padding is None else _keys(padding, batch_size, kv_length)
+    if padding is not None and keys is None:
+        return _DENSE
+    sides = []
+    right = 0 if pattern.causal else pattern.window
+    for length, other, offset, back, ahead in (
+        (q_length, kv_length, q_offset, pattern.window, right),
+        (kv_length, q_length, -q_offset, right, pattern.window),
+    ):
+        at = torch.arange(length, device=device)[None] + offset
+        first = torch.zeros_like(at) if back is None else at - back
+        end = torch.full_like(at, other) if ahead is None else at + ahead + 1
+        if documents is not None:
+            numbers = documents.contiguous()
+            first = torch.maximum(first, torch.searchsorted(numbers, numbers))
+            end = torch.minimum(end, torch.searchsorted(numbers, numbers, right=True))
+        sides.append(torch.stack([first.clamp(0, other), end.clamp(0, other)], 1))
+    ranges = torch.cat(sides, 2).int()
+    if keys is None:
+        return ranges
+    counts = torch.cat([torch.ones_like(keys[:, :1]).expand(-1, q_length), keys], 1)
+    return torch.cat([ranges.expand(batch_size, -1, -1), counts[:, None].int()], 1)
+
+
+def is_ranges(mask: Tensor | None) -> bool:
+    """Whether a mask is one of ranges."""
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 3 and mask.shape[1] in (2, 3)
+
+
+def split_ranges(mask: Tensor, q_length: int) -> tuple[Tensor, Tensor | None]:
+    """The ranges, and which keys count, None for all."""
+    return mask[:, :2].contiguous(), None if mask.shape[1] == 2 else mask[:, 2, q_length:].bool()
+
+
+def ranges_to_dense(mask: Tensor, q_length: int) -> Tensor:
+    """The (B, 1, Sq, Sk) or (1, 1, Sq, Sk) mask that a mask of ranges stands for."""
+    ranges, keys = split_ranges(mask, q_length)
+    visible = visible_in_ranges(ranges, q_length)
+    return visible if keys is None else visible & keys[:, None, None, :]
 
 
 def of_all_keys(mask: Tensor | None, kv_length: int) -> Tensor | None:

@@ -154,6 +154,56 @@ def attention(
                 key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, query_offset=query_offset,
                 window=window, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             )  # fmt: skip
+    ranges, lower, upper = None, None, None
+    if cu_seqlens_q is not None:
+        ranges = _document_ranges(cu_seqlens_q, cu_seqlens_k, query.shape[2], key.shape[2], is_causal, window)
+    else:
+        # An order or a window that hides nothing costs masks for nothing. A right side is an order that begins later.
+        lower, upper = reference.window_offsets(query.shape[2], key.shape[2], is_causal, query_offset, window)
+    offsets = (upper is not None, query_offset if upper is None else upper, lower)
+    return _on_kernels(query, key, value, masks, ranges, dropout_p, scale, offsets)
+
+
+def attention_in_ranges(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ranges: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`attention` in which every query sees a range of keys, and neither its start nor its end ever decreases.
+
+    Args:
+        query, key, value, key_mask, dropout_p, scale, enable_gqa: as for :func:`attention`.
+        ranges: int32 (B, 2, Sq + Sk) or (1, 2, Sq + Sk): of each query the first key, then of each key the first
+            query that sees it; and the ends of these. The kernels trust that the two sides agree.
+
+    Returns:
+        (B, H, Sq, D).
+    """
+    if attention_backend(query, key, value).backend == "torch" or needs_stock_autograd(query, key, value):
+        visible = reference.visible_in_ranges(ranges, query.shape[2])
+        visible = visible if key_mask is None else visible & key_mask[:, None, None, :]
+        return reference.masked_sdpa(query, key, value, visible, dropout_p, scale, enable_gqa)
+    return _on_kernels(query, key, value, (key_mask, None, None), ranges, dropout_p, scale, (False, 0, None))
+
+
+def _on_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ranges: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    offsets: tuple[bool, int, int | None],
+) -> Tensor:
+    """A checked call; ``offsets`` as the op has them: whether there is an order, its offset, that of a window."""
+    key_mask, key_lengths, key_starts = masks
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -171,15 +221,9 @@ def attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**62, (1,), device=query.device)
-    ranges, lower, upper = None, None, None
-    if cu_seqlens_q is not None:
-        ranges = _document_ranges(cu_seqlens_q, cu_seqlens_k, query.shape[2], key.shape[2], is_causal, window)
-    else:
-        # An order or a window that hides nothing costs masks for nothing. A right side is an order that begins later.
-        lower, upper = reference.window_offsets(query.shape[2], key.shape[2], is_causal, query_offset, window)
+    is_causal, query_offset, lower = offsets
     given = (
-        query, key, value, bounds, key_mask, ranges, seed, scale, upper is not None,
-        query_offset if upper is None else upper, dropout_p, lower,
+        query, key, value, bounds, key_mask, ranges, seed, scale, is_causal, query_offset, dropout_p, lower,
     )  # fmt: skip
     if not is_eager(*given[:7]):
         out: Tensor = torch.ops.embedkernels.attention_forward(*given)[0]

@@ -61,8 +61,7 @@ def visible_keys(
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         left, right = (None, None) if window is None else window
         ranges = document_ranges(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, left, 0 if is_causal else right)
-        first, end = ranges[:, :, :num_queries, None].unbind(1)
-        inside = ((keys >= first) & (keys < end))[:, None]
+        inside = visible_in_ranges(ranges, num_queries)
         return inside if visible is None else visible & inside
     lower, upper = window_offsets(num_queries, num_keys, is_causal, query_offset, window)
     queries = torch.arange(num_queries, device=device)[:, None]
@@ -119,6 +118,13 @@ def document_ranges(
         ranges = [torch.where(before, other_start, torch.where(behind, other_end, x)) for x in (first, last)]
         sides.append(torch.stack(ranges))
     return torch.cat(sides, 1).int()[None]
+
+
+def visible_in_ranges(ranges: Tensor, num_queries: int) -> Tensor:
+    """bool (B, 1, Sq, Sk) or (1, 1, Sq, Sk): True where a key is in the range of a query; see ``document_ranges``."""
+    keys = torch.arange(ranges.shape[2] - num_queries, device=ranges.device)
+    first, end = ranges[:, :, :num_queries, None].unbind(1)
+    return ((keys >= first) & (keys < end))[:, None]
 
 
 def window_offsets(
@@ -238,7 +244,16 @@ def sdpa(
         key_mask=key_mask, key_lengths=key_lengths, key_starts=key_starts, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    if visible is None or query.device.type == "cpu":
+    if visible is None:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
+    return masked_sdpa(query, key, value, visible, dropout_p, scale, grouped)
+
+
+def masked_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout_p: float, scale: float | None, grouped: bool
+) -> Tensor:
+    """``scaled_dot_product_attention`` with a boolean mask, zeros for a query that sees no key."""
+    if query.device.type == "cpu":
         # On a CPU every implementation gives zeros for a row without keys, forward and backward.
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, dropout_p=dropout_p, scale=scale, enable_gqa=grouped

@@ -17,8 +17,12 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    chunked_overlay,
+    packed_sequence_mask_function,
     sdpa_mask,
+    sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 import embedkernels as ek
@@ -43,13 +47,14 @@ def kernel_calls(monkeypatch):
     """The keyword arguments of every call of the attention op."""
     # The package has a function of the same name, so the module is not an attribute to import.
     op = importlib.import_module("embedkernels.ops.attention")
-    calls, stock = [], op.attention
+    calls = []
 
-    def attention(*args, **kwargs):
-        calls.append(kwargs)
-        return stock(*args, **kwargs)
+    def spy(name):
+        stock = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *args, **kwargs: (calls.append(kwargs), stock(*args, **kwargs))[1])
 
-    monkeypatch.setattr(op, "attention", attention)
+    spy("attention")
+    spy("attention_in_ranges")
     return calls
 
 
@@ -143,8 +148,9 @@ def test_on_the_cpu_the_mask_is_the_one_of_sdpa(pattern, q, k, offset, padding):
     [
         {"q_offset": torch.tensor(0)},  # a static cache
         {"kv_length": 9},  # more keys than queries have seen
-        {"mask_function": sliding_window_causal_mask_function(2)},
-        {"mask_function": and_masks(causal_mask_function, bidirectional_mask_function)},
+        {"mask_function": sliding_window_overlay(2)},
+        {"mask_function": sliding_window_causal_mask_function(2), "q_offset": torch.tensor(0)},
+        {"mask_function": and_masks(sliding_window_causal_mask_function(2), chunked_overlay(2, torch.zeros(3)))},
         {"local_size": 4},
         {"use_vmap": True, "attention_mask": None, "allow_is_causal_skip": False},
         {"allow_is_causal_skip": False},
@@ -158,6 +164,85 @@ def test_what_the_kernels_do_not_understand_gets_the_dense_mask(change):
         mask = masks.attention_mask(**arguments)
     assert torch.equal(mask, sdpa_mask(**arguments))
     assert mask.shape == (3, 1, 6, arguments["kv_length"])
+
+
+DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]])
+PATTERNS = {
+    "window": sliding_window_causal_mask_function(3),
+    "one key": sliding_window_causal_mask_function(1),
+    "around": sliding_window_bidirectional_mask_function(2),
+    "documents": and_masks(causal_mask_function, packed_sequence_mask_function(DOCUMENTS)),
+    "both": and_masks(sliding_window_causal_mask_function(2), packed_sequence_mask_function(DOCUMENTS)),
+    "each way": and_masks(bidirectional_mask_function, packed_sequence_mask_function(DOCUMENTS)),
+}
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("q", "k", "offset"), SIZES)
+@pytest.mark.parametrize("padding", [None, PADDING])
+def test_masks_of_ranges_mean_what_the_dense_mask_says(pattern, q, k, offset, padding):
+    arguments = mask_arguments("causal", q, k, offset, padding) | {"mask_function": PATTERNS[pattern]}
+    if pattern in ("window", "one key", "around"):
+        arguments["local_size"] = 3
+    else:
+        arguments["allow_is_causal_skip"] = False
+    with ek.use_backend("triton"):
+        mask = masks.attention_mask(**arguments)
+    dense = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
+    if q != k and pattern in ("documents", "both", "each way"):
+        assert torch.equal(mask, dense)
+        return
+    assert masks.is_ranges(mask)
+    assert mask.shape[1:] == (2 if padding is None else 3, q + k)
+    assert torch.equal(masks.ranges_to_dense(mask, q).expand(dense.shape), dense)
+    # What a key is seen by is what sees it.
+    of_queries, of_keys = mask[:, :2, :q], mask[:, :2, q:]
+    i, j = torch.arange(q)[:, None], torch.arange(k)
+    seen = (j >= of_queries[:, 0, :, None]) & (j < of_queries[:, 1, :, None])
+    assert torch.equal(seen, (i >= of_keys[:, 0, None]) & (i < of_keys[:, 1, None]))
+    assert (of_queries.diff(dim=2) >= 0).all()
+    assert (of_keys.diff(dim=2) >= 0).all()
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("padding", [None, PADDING])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_call_in_ranges_equals_sdpa(pattern, padding, backend, kernel_calls):
+    """The torch backend gets such a mask where a head is of a size that the kernels do not take."""
+    size = 16 if backend == "triton" else 12
+    q, k, v = (torch.randn(3, heads, 6, size) for heads in (4, 2, 2))
+    module = Module(True, groups=2)
+    arguments = mask_arguments("causal", 6, 6, 0, padding) | {"mask_function": PATTERNS[pattern]}
+    with ek.use_backend("triton"):
+        mask = masks.attention_mask(**arguments)
+        output, _ = hf_attention.attention_forward(module, q, k, v, mask)
+    dense = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
+    expected, _ = sdpa_attention_forward(module, q, k, v, dense)
+    # A query without keys gives zeros here, anything in stock.
+    sees = dense.any(-1)[:, 0, :, None, None].expand(expected.shape)
+    torch.testing.assert_close(output[sees], expected[sees], rtol=1e-5, atol=1e-5)
+    assert output[~sees].count_nonzero() == 0
+    assert len(kernel_calls) == (backend == "triton")
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("name", ["mistral", "modernbert", "llama"])
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+def test_models_with_windows_and_packed_rows_need_no_dense_mask(name, kind):
+    stock, patched = pair(name, layers=2)
+    if kind == "packed":
+        inputs = {"input_ids": ids(2, 9), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}
+        kept = torch.ones(2, 9, dtype=torch.bool)
+    else:
+        inputs = padded(2, 9, kind)
+        kept = inputs["attention_mask"].bool()
+    expected = stock(**inputs).last_hidden_state
+    with ek.use_backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        output = patched(**inputs).last_hidden_state
+    torch.testing.assert_close(output[kept], expected[kept], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("on_device")
