@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from embedkernels.hf import attention as hf_attention
-from embedkernels.hf import config, guards
+from embedkernels.hf import guards
 from embedkernels.hf.adapters import of_transformers
 from embedkernels.hf.calls import Forward, as_it_is_called, bound_by_name
 from embedkernels.ops.backend import makes_a_program
@@ -197,9 +197,10 @@ def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozen
     attentions = call.get("output_attentions")
     if model.config.output_attentions if attentions is None else attentions:
         return "output_attentions is asked for"
-    others = [name for name in config.implementations(model) if name != hf_attention.NAME]
-    if others:
-        return f"its attention implementation is {others[0]!r}"
+    if model.config._attn_implementation != hf_attention.NAME:
+        return f"its attention implementation is {model.config._attn_implementation!r}"
+    if getattr(model.config, "chunk_size_feed_forward", 0):
+        return "chunk_size_feed_forward is set: real tokens are not whole chunks"
     if makes_a_program():
         return "torch.export or torch.jit traces: sizes would depend on the mask"
     if not is_eager(mask, tokens):

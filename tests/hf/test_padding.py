@@ -252,6 +252,17 @@ def test_what_would_not_be_exact_runs_with_padding_and_says_so(
         torch.testing.assert_close(output.last_hidden_state[kept], expected[kept], rtol=1e-5, atol=1e-5)
 
 
+def test_feed_forward_in_chunks_runs_with_padding() -> None:
+    stock, free = pair("bert")
+    for model in (stock, free):
+        for module in model.modules():
+            if hasattr(module, "chunk_size_feed_forward"):
+                module.chunk_size_feed_forward = 7
+        model.config.chunk_size_feed_forward = 7
+    with pytest.warns(UserWarning, match="chunk_size_feed_forward is set"):
+        free(**padded())
+
+
 def test_a_decoder_in_evaluation_makes_its_cache() -> None:
     """As stock does unless it is told not to; then it is padding-free."""
     _, free = pair("llama")
