@@ -117,7 +117,7 @@ def test_windows(offset: int, is_causal: bool, device: torch.device) -> None:
     triples: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in cases.NAMES}
     for window in WINDOWS:
         options = {"window": window, "query_offset": offset, "is_causal": is_causal}
-        call = cases.inputs(heads=(2, 1), lengths=(70, 75), head_size=32, device=device, **options)
+        call = cases.inputs(batch=1, heads=(2, 1), lengths=(70, 75), head_size=32, device=device, **options)
         for name, *results in zip(
             cases.NAMES, cases.ours(call), cases.theirs(call, fused=True), cases.expected(call), strict=True
         ):

@@ -246,6 +246,7 @@ def test_a_real_dry_run_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert {entry["rival"]: entry["status"] for entry in step["rivals"]} == {
         "stock": "ok",
         "ours": "ok",
+        "ours, padding-free": "ok",
         "stock, torch.compile": "ok",
     }
     assert "Bert" in step["patch_report"]
