@@ -30,18 +30,19 @@ NAME = "embedkernels"
 # What a base model takes out of the keywords if it runs on a batch that came packed from a collator.
 PACKED = "packed_batch"
 # Within a model that runs on packed tokens: its class, and how many calls there were.
-_packed_in: ContextVar[tuple[str, list[None]] | None] = ContextVar("_packed_in", default=None)
+_packed_in: ContextVar[tuple[str, bool, list[None]] | None] = ContextVar("_packed_in", default=None)
 
 
 @contextlib.contextmanager
-def every_call_is_packed(model: str) -> Iterator[None]:
-    """Within the block, a call without ``cu_seq_lens_q`` is an error, and so is none at all.
+def every_call_is_packed(model: str, causal: bool) -> Iterator[None]:
+    """Within the block, calls must have ``cu_seq_lens_q`` and be causal or not as is said here; one there must be.
 
     Raises:
-        RuntimeError: the model named ``model`` does not hand its keywords on to the attention function.
+        RuntimeError: the model named ``model`` does not hand its keywords on to the attention function, or its layers
+            are causal where its masks are not, or the other way round.
     """
     calls: list[None] = []
-    token = _packed_in.set((model, calls))
+    token = _packed_in.set((model, causal, calls))
     try:
         yield
     finally:
@@ -105,22 +106,27 @@ def attention_forward(
     ):
         # Not one of ours: a mask of (Sq, Sk), which SDPA broadcasts.
         attention_mask = attention_mask[None, None]
-    if attention_mask is not None and masks.is_ranges(attention_mask):
-        reason = _why_not_kernels(query, key, value)
-        if reason is None and attention_mask.shape[2] == query.shape[2] + key.shape[2]:
-            return _run_in_ranges(query, key, value, attention_mask, dropout, scaling), None
-        attention_mask = masks.ranges_to_dense(attention_mask, query.shape[2])
-    attention_mask = masks.of_all_keys(attention_mask, key.shape[2])
     documents = _documents(kwargs, query)
     if (within := _packed_in.get()) is not None:
         if documents is None:
             raise RuntimeError(_not_handed_on(within[0]))
-        within[1].append(None)
+        if within[1] != causal and query.shape[2] > 1:
+            raise RuntimeError(
+                f"embedkernels: is_causal of {type(module).__name__} is {causal}, that of the masks of {within[0]} "
+                f"is {within[1]}, which packed sequences do without: use patch(model) without padding_free"
+            )
+        within[2].append(None)
+    if attention_mask is not None and masks.is_ranges(attention_mask):
+        reason = _why_not_kernels(query, key, value) or _why_not_op(None, query, key, kwargs)
+        if reason is None and documents is None and attention_mask.shape[-1] == query.shape[2] + key.shape[2]:
+            return _run_in_ranges(query, key, value, attention_mask, dropout, scaling), None
+        attention_mask = masks.ranges_to_dense(attention_mask, query.shape[2])
+    attention_mask = masks.of_all_keys(attention_mask, key.shape[2])
     if documents is not None and attention_mask is not None and tuple(attention_mask.shape) == (1, 1, 1, 1):
         attention_mask = None  # one element, which hides nothing: what documents are given with
-    window = kwargs.get("sliding_window")
-    hides = window is not None and attention_mask is None and query.shape[2] > 1 and window < key.shape[2]
-    window = None if window is None or not hides else window - 1  # of w keys, the query's own among them
+    window = None if attention_mask is not None or query.shape[2] == 1 else _reach(module, kwargs, causal)
+    if window is not None and window >= key.shape[2] - 1:
+        window = None
     on_kernels = masks.attention_backend(query.device) == "triton"
     # SDPA takes neither documents nor windows but as a mask of all pairs: the op knows better, on a CPU too.
     if on_kernels or documents is not None or window is not None:
@@ -167,6 +173,18 @@ def _refuse(kwargs: dict[str, Any], mask: Tensor | None, q_length: int, kv_lengt
             "queries without a mask that contains the window: pass such a mask, or use "
             'model.set_attn_implementation("eager")'
         )
+
+
+def _reach(module: nn.Module, kwargs: dict[str, Any], causal: bool) -> int | None:
+    """How many keys before a query, and after it if not causal, its window holds, as transformers' masks have it.
+
+    In causal order ``sliding_window`` counts the query's own key. Around a query the masks have that of the
+    configuration, which does not, and the keyword is that of some models and one more of others.
+    """
+    window = kwargs.get("sliding_window")
+    if window is None or causal:
+        return None if window is None else int(window) - 1
+    return int(getattr(getattr(module, "config", None), "sliding_window", None) or window - 1)
 
 
 def _documents(kwargs: dict[str, Any], query: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from embedkernels.hf.padding import FLAG, PACKED, is_padding_free
 
 IGNORED = -100
+_UNDERSTOOD = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "label", "labels"),
+    # Of tokenizers, for collators that mask: nothing for a model.
+    "special_tokens_mask",
+}
 
 
 class PackingCollator:
@@ -46,7 +51,7 @@ class PackingCollator:
         Args:
             examples: each with ``input_ids`` (n,), a list, array or tensor; maybe ``attention_mask``, whose zeros
                 leave tokens out; maybe ``token_type_ids`` (n,) and ``position_ids`` (n,); maybe ``label`` or
-                ``labels``, one number or one for each token.
+                ``labels``: one number, a vector of numbers that are no integers, or an integer for each token.
 
         Returns:
             ``input_ids`` (1, T), and ``token_type_ids`` and ``position_ids`` if given, all int64; ``cu_seq_lens_q``
@@ -64,6 +69,8 @@ class PackingCollator:
         names = set(examples[0])
         if any(set(example) != names for example in examples):
             raise ValueError(f"PackingCollator: examples of different keys, the first has {sorted(names)}")
+        if unknown := names - _UNDERSTOOD:
+            raise ValueError(f"PackingCollator: examples have {sorted(unknown)}, which nobody would hand on")
         kept = [_kept(example) for example in examples]
         lengths = [int(mask.sum()) for mask in kept]
         if 0 in lengths:
@@ -83,12 +90,13 @@ class PackingCollator:
 
 
 def _check_model(model: nn.Module) -> None:
-    heads = [module.__dict__[FLAG] for module in model.modules() if is_padding_free(module)]
-    if not heads:
+    found = [module.__dict__[FLAG] for module in model.modules() if is_padding_free(module)]
+    if not found:
         raise ValueError(
             "PackingCollator: the model does not run padding-free: embedkernels.patch(model, padding_free=True)"
         )
-    if heads[0]:
+    heads = [around.padded_only for around in found if around.padded_only]
+    if heads:
         raise ValueError(
             f"PackingCollator: {heads[0]} looks at ids or mask of a padded batch: use a collator that pads, which "
             "costs a padding-free model next to nothing"
@@ -108,8 +116,13 @@ def _kept(example: Mapping[str, Any]) -> Tensor:
 
 def _labels(labels: list[Any], kept: list[Tensor], longest: int) -> Tensor:
     given = [torch.as_tensor(label) for label in labels]
-    if given[0].dim() == 0:
+    if given[0].dim() == 0 or given[0].is_floating_point():
         return torch.stack(given)
+    for i, (label, mask) in enumerate(zip(given, kept, strict=True)):
+        if label.shape != mask.shape:
+            raise ValueError(
+                f"PackingCollator: example {i} has {mask.shape[0]} tokens, labels of shape {tuple(label.shape)}"
+            )
     padded = torch.full((len(given), longest), IGNORED, dtype=torch.int64)
     for row, label, mask in zip(padded, given, kept, strict=True):
         real = label[mask]

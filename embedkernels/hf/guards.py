@@ -42,7 +42,8 @@ def looks_up_plainly(part: Any) -> bool:
 _REQUIRE_GRADS = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
-def _only_require_grads(hooks: Any) -> bool:
+def only_require_grads(hooks: Any) -> bool:
+    """Whether hooks on a token table do no more than ask for gradients of its output."""
     return all(
         getattr(hook, "__qualname__", "") == _REQUIRE_GRADS and hook.__module__ == "transformers.modeling_utils"
         for hook in hooks.values()
@@ -54,7 +55,7 @@ def _watched(part: Any, name: str) -> str | None:
     # Every nn.Module has these four; one expression, because it runs for every part at every forward.
     if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks or part._forward_hooks:
         others = part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        if not others and _only_require_grads(part._forward_hooks):
+        if not others and only_require_grads(part._forward_hooks):
             return None
         return f"{name} has {next(what for attribute, what in _HOOKS if getattr(part, attribute))}"
     if "forward" in part.__dict__:

@@ -5,9 +5,10 @@ patterns they understand, the mask keeps its size in keys, and its shape says th
 
 - ``(B, 1, 1, Sk)``, bool: these keys, for every query. It is an ordinary mask by broadcasting.
 - ``(B, Sk)``, bool: these keys, and causal with the last query on the last key.
-- ``(B, 2, Sq + Sk)``, int32: a window, or documents packed into each row (which transformers tells by the position
+- ``(B, 1, 2, Sq + Sk)``, int32: a window, or documents packed into each row (which transformers tells by the position
   ids), or both: the range of keys that every query sees, and of queries to every key, as ``attention_in_ranges``
-  takes it. ``(B, 3, Sq + Sk)``: the third row says which keys count.
+  takes it. ``(B, 1, 3, Sq + Sk)``: the third row says which keys count. Of four dimensions, it goes through a model
+  that takes it for a mask which somebody has prepared.
 
 Anything else, and everything on a device where the kernels do not run, is what transformers builds for SDPA.
 """
@@ -235,19 +236,19 @@ def _ranges(
         sides.append(torch.stack([first.clamp(0, other), end.clamp(0, other)], 1))
     ranges = torch.cat(sides, 2).int()
     if keys is None:
-        return ranges
+        return ranges[:, None]
     counts = torch.cat([torch.ones_like(keys[:, :1]).expand(-1, q_length), keys], 1)
-    return torch.cat([ranges.expand(batch_size, -1, -1), counts[:, None].int()], 1)
+    return torch.cat([ranges.expand(batch_size, -1, -1), counts[:, None].int()], 1)[:, None]
 
 
 def is_ranges(mask: Tensor | None) -> bool:
     """Whether a mask is one of ranges."""
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 3 and mask.shape[1] in (2, 3)
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] in (2, 3)
 
 
 def split_ranges(mask: Tensor, q_length: int) -> tuple[Tensor, Tensor | None]:
     """The ranges, and which keys count, None for all."""
-    return mask[:, :2].contiguous(), None if mask.shape[1] == 2 else mask[:, 2, q_length:].bool()
+    return mask[:, 0, :2].contiguous(), None if mask.shape[2] == 2 else mask[:, 0, 2, q_length:].bool()
 
 
 def ranges_to_dense(mask: Tensor, q_length: int) -> Tensor:

@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from embedkernels.hf import attention as hf_attention
-from embedkernels.hf import guards
+from embedkernels.hf import guards, masks
 from embedkernels.hf.adapters import of_transformers
 from embedkernels.hf.calls import Forward, as_it_is_called, bound_by_name
 from embedkernels.ops.backend import makes_a_program
 from embedkernels.ops.eager import is_eager
 from embedkernels.ops.positions import count_positions
 
+# On a base model that is padding-free: its :class:`Around`.
 FLAG = "_embedkernels_padding_free"
 # Heads that look at nothing but what the base model gives, and labels. Others find the last token by ids, or average
 # by the mask, which a batch that comes packed does not have in the shape of the output.
@@ -83,39 +84,48 @@ def base_model_of(cls: type) -> BaseModel | None:
     return row if row is not None and of_transformers(cls) else None
 
 
-def problem_around(path: str, modules: dict[str, nn.Module]) -> str | None:
-    """What around a base model would see that padding is not computed, or None.
+@dataclass(frozen=True)
+class Around:
+    """What the models around a base model ask of it.
 
-    Args:
-        path: that of the base model.
-        modules: of the whole model, by path.
+    Attributes:
+        problem: why padding cannot be left out, or empty.
+        padded_only: the head that cannot take a batch that comes packed, or empty.
+        last_by_id: the head for which the last token of a text is the last that is not ``pad_token_id``, or empty.
     """
-    parts = path.split(".")
-    for end in range(len(parts)):
-        outer = modules[".".join(parts[:end])]
-        if type(outer).__name__.endswith("ForQuestionAnswering"):
-            return f"the loss of {type(outer).__name__} sets the score of each token against those of padding too"
-    return None
+
+    problem: str = ""
+    padded_only: str = ""
+    last_by_id: str = ""
 
 
-def head_that_needs_padding(path: str, modules: dict[str, nn.Module]) -> str:
-    """The head around a base model that cannot take a batch that comes packed; empty if there is none.
-
-    Args:
-        path: that of the base model.
-        modules: of the whole model, by path.
-    """
-    base, parts = modules[path], path.split(".")
+def around(base: nn.Module, model: nn.Module) -> Around:
+    """What the models around ``base`` in ``model`` ask of it, on whatever paths they hold it."""
     row: Any = base_model_of(getattr(type(base), "_embedkernels_stock", type(base)))
-    for end in range(len(parts) if path else 0):
-        outer: Any = modules[".".join(parts[:end])]
-        name = type(outer).__name__
-        if not isinstance(outer, PreTrainedModel):
-            continue
-        by_tokens = row.decoder or getattr(outer.config, "classifier_pooling", "cls") != "cls"
-        if not name.endswith(_HEADS) or (by_tokens and name.endswith("ForSequenceClassification")):
-            return name
-    return ""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problem = padded_only = last_by_id = ""
+    for path in [path for path, module in modules.items() if module is base]:
+        parts = path.split(".")
+        outside = [modules[".".join(parts[:end])] for end in range(len(parts) if path else 0)]
+        for outer in outside:
+            if not isinstance(outer, PreTrainedModel):
+                continue
+            name, kinds = type(outer).__name__, [kind.__name__ for kind in type(outer).__mro__]
+            if any(kind.endswith("ForQuestionAnswering") for kind in kinds):
+                problem = f"the loss of {name} sets the score of each token against those of padding too"
+            classifies = any(kind.endswith("ForSequenceClassification") for kind in kinds)
+            if classifies and row.decoder:
+                last_by_id = padded_only = name
+            averages = classifies and getattr(outer.config, "classifier_pooling", "cls") != "cls"
+            if averages or not name.endswith(_HEADS) or not of_transformers(stock_of(outer)):
+                padded_only = name
+    return Around(problem, padded_only, last_by_id)
+
+
+def stock_of(module: nn.Module) -> type:
+    """The class of a module, before it was patched."""
+    stock: type = getattr(type(module), "_embedkernels_stock", type(module))
+    return stock
 
 
 def supported() -> str:
@@ -146,8 +156,10 @@ def unpadded(row: BaseModel, forward: Forward, stock_forward: Forward) -> Forwar
             return forward(self, *args, **kwargs)
         call = by_name(args, kwargs)
         if call is not None and call.get(PACKED):
-            head = self.__dict__[FLAG]
+            head = self.__dict__[FLAG].padded_only
             reason = _misfit(self, row, call, parameters) or (head and f"{head} looks at ids or mask of a padded one")
+            if self.__dict__.get("_is_replica"):
+                reason = "torch.nn.DataParallel would tear it apart: use DistributedDataParallel"
             if reason:
                 raise ValueError(f"{type(self).__name__} cannot run on a packed batch: {reason}")
             return _run(self, row, forward, call, _packed_before(call), parameters)
@@ -156,7 +168,7 @@ def unpadded(row: BaseModel, forward: Forward, stock_forward: Forward) -> Forwar
         packing = None
         reason = _misfit(self, row, call, parameters)
         if reason is None:
-            packing, reason = _packing(self, row, call["attention_mask"])
+            packing, reason = _packing(self, row, call)
         if reason is not None:
             guards.warn_once(self, f"{type(self).__name__}, padding and all,", reason)
         if packing is None:
@@ -192,6 +204,9 @@ def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozen
         by_default = not packed and not model.training and getattr(model.config, "use_cache", False)
         if use_cache or (use_cache is None and by_default):
             return "a cache is asked for: pass use_cache=False where none is needed"
+        as_dict = call.get("return_dict")
+        if use_cache is None and not (model.config.return_dict if as_dict is None else as_dict):
+            return "a tuple of outputs would lack the cache that stock makes: pass use_cache=False"
     elif getattr(model.config, "is_decoder", False):
         return "it is set up as a decoder (config.is_decoder)"
     attentions = call.get("output_attentions")
@@ -199,6 +214,15 @@ def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozen
         return "output_attentions is asked for"
     if model.config._attn_implementation != hf_attention.NAME:
         return f"its attention implementation is {model.config._attn_implementation!r}"
+    if model.__dict__[FLAG].problem:
+        return str(model.__dict__[FLAG].problem)
+    if getattr(model.config, "num_hidden_layers", 1) == 0:
+        return "it has no layers"
+    table = model.get_input_embeddings()
+    if table._forward_pre_hooks or not guards.only_require_grads(table._forward_hooks):
+        return "a hook on its token table, as NEFTune's, sees how many tokens there are"
+    if mask is not None and mask.is_cuda and (why := _why_not_kernels(model, mask.device)) is not None:
+        return f"without the kernels documents would need a mask of all pairs: {why}"
     if getattr(model.config, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward is set: real tokens are not whole chunks"
     if makes_a_program():
@@ -208,6 +232,13 @@ def _misfit(model: Any, row: BaseModel, call: dict[str, Any], parameters: frozen
     if mask is not None and mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured: sizes would depend on the mask"
     return None
+
+
+def _why_not_kernels(model: Any, device: torch.device) -> str | None:
+    if masks.attention_backend(device) != "triton":
+        return "they do not run on this device"
+    size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    return hf_attention.why_not_heads(size, model.dtype)
 
 
 @dataclass(frozen=True)
@@ -238,29 +269,48 @@ class _Packing:
         if not isinstance(x, Tensor) or x.dim() < 3 or x.shape[:2] != (1, self.index.shape[0]):
             return x
         batch, length = self.shape
-        return x.new_zeros(batch * length, *x.shape[2:]).index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+        index = self.index.to(x.device)
+        return x.new_zeros(batch * length, *x.shape[2:]).index_copy(0, index, x[0]).unflatten(0, self.shape)
 
 
-def _packing(model: Any, row: BaseModel, mask: Tensor) -> tuple[_Packing | None, str | None]:
+def _packing(model: Any, row: BaseModel, call: dict[str, Any]) -> tuple[_Packing | None, str | None]:
     """Where the real tokens are; None if all are or none is, or, with the reason, if that would not be exact."""
+    ids = call.get("input_ids")
+    tokens: Any = call["inputs_embeds"] if ids is None else ids
+    mask: Tensor = call["attention_mask"].to(tokens.device)
     batch, length = mask.shape
+    last_by_id = model.__dict__[FLAG].last_by_id
+    padding = getattr(model.config, "pad_token_id", None)
+    if last_by_id and (ids is None or padding is None):
+        return None, f"{last_by_id} finds the last token by its id, and there are no ids or no pad_token_id"
     buffer = getattr(model._modules.get("embeddings"), "position_ids", None)
     if buffer is not None and buffer.shape[-1] < length:
         return None, None  # stock refuses it, unless positions are given
     real = mask.bool()
     lengths = real.sum(1)
     begins = real[:, 1:] & ~real[:, :-1]
-    facts = torch.stack([lengths.sum(), real[:, :1].all(1).sum(), (begins.sum(1) + real[:, 0] > 1).sum()])
-    total, first_is_real, torn = facts.tolist()  # all that the host waits for
+    unlike = (real != (tokens != padding)).sum() if last_by_id else real.new_zeros((), dtype=torch.int64)
+    torn_rows = (begins.sum(1) + real[:, 0] > 1).sum()
+    facts = torch.stack([lengths.sum(), real[:, :1].all(1).sum(), torn_rows, real[:, -1:].sum(), unlike])
+    total, first_is_real, torn, last_is_real, mistaken = facts.tolist()  # all that the host waits for
     if total in (0, batch * length):
         return None, None
     if not row.decoder and first_is_real < batch:
         return None, "the first token of a sequence is padding: what is made of that one would be of none"
+    if mistaken:
+        return None, f"{last_by_id} finds the last token by its id, and ids and mask say different things"
+    if not last_is_real and _rotates_by_length(model.config):
+        return None, "its rotary positions depend on the length of the batch, padding and all"
     if torn and getattr(model.config, "sliding_window", None) is not None:
         return None, "padding inside of a sequence: a sliding window counts it"
     index = torch.nonzero_static(real.flatten(), size=total)[:, 0]
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     return _Packing((batch, length), index, ends), None
+
+
+def _rotates_by_length(of: Any) -> bool:
+    kinds = str(getattr(of, "rope_parameters", None) or getattr(of, "rope_scaling", None))
+    return "'dynamic'" in kinds or "'longrope'" in kinds
 
 
 def _packed_before(call: dict[str, Any]) -> _Packing:
@@ -286,7 +336,8 @@ def _position_ids(model: Any, row: BaseModel, call: dict[str, Any], packing: _Pa
             batch, length = packing.shape
             ids = ids.new_full((batch * length,), padding).index_copy(0, packing.index, ids[0]).view(batch, length)
         if ids is not None:
-            return packing.pack(count_positions(ids, padding_idx=padding, start=padding))
+            counted = count_positions(ids, padding_idx=padding, start=padding, padding_position=padding)
+            return packing.pack(counted)
         return packing.index[None] % packing.shape[1] + padding + 1
     places = packing.index % packing.shape[1]
     buffer = getattr(stem, "position_ids", None)
@@ -322,15 +373,17 @@ def _run(
         "return_dict": True,
     }
     pooler = model._modules.get("pooler") if row.pooler else None
-    with hf_attention.every_call_is_packed(type(model).__name__):
-        output = forward(model if pooler is None else _WithoutPooler(model), **packed)
-    hidden = output.last_hidden_state
-    for name in list(output):
-        output[name] = packing.unpack(output[name])
+    causal = row.decoder and getattr(model.config, "is_causal", True)
+    with hf_attention.every_call_is_packed(type(model).__name__, causal):
+        found = forward(model if pooler is None else _WithoutPooler(model), **packed)
+    values = {name: packing.unpack(value) for name, value in found.items()}
     if pooler is not None:
-        first = hidden[0].index_select(0, packing.ends[:-1])
+        hidden = found.last_hidden_state[0]
+        first = hidden.index_select(0, packing.ends[:-1].to(hidden.device))
         pooled = pooler(first[:, None]) if row.pooler == "module" else model.pooler_activation(pooler(first))
-        output["pooler_output"] = pooled
+        values["pooler_output"] = pooled
+    # Made anew: its order is that of the class, which a tuple has.
+    output = type(found)(**values)
     as_dict = model.config.return_dict if as_dict is None else as_dict
     return output if as_dict else output.to_tuple()
 

@@ -70,10 +70,10 @@ def patch(
             transformers takes unless it is told otherwise. Any other was chosen, and stays.
         padding_free: run base models on the real tokens of a padded batch alone, packed into one row, wherever that
             gives what stock gives: outputs have the stock shapes, with zeros for padding, and losses, gradients and
-            predictions of real tokens are stock's. Needs the attention implementation ``"embedkernels"``. Calls that
-            would not be exact (with a cache, ``output_attentions``, under torch.compile, a sequence of an encoder
-            that begins with padding) run with padding and all, with one warning; a model that has one already
-            stays padding-free whatever this says.
+            predictions of real tokens are stock's (so labels of padding must be -100). A decoder in training makes no
+            cache. Needs the attention implementation ``"embedkernels"``. Calls that would not be exact (with a cache,
+            ``output_attentions``, a sequence of an encoder that begins with padding) run with padding and all, with
+            one warning, and so do graphs of torch.compile, without one. A model that is padding-free stays so.
         grad_mode: what the gradients of tables that are looked up alone become, as of Llama's: ``"dense"``, or
             ``"accumulate"``: added in place to what is in ``grad`` (or ``main_grad``), after a tied head, without a
             tensor of the table's size for themselves; see :func:`embedkernels.embedding`. Tables whose rows are
@@ -192,10 +192,10 @@ def _apply(model: nn.Module, step: _Step) -> None:
         # A patched one too: what is around it may not know, or it may hold a view that belongs to another model.
         if step.entry.status != "left alone" and isinstance(module, PreTrainedModel):
             config.set_attention(model, module, hf_attention.NAME)
-    elif step.change and step.entry.part == "padding":
-        path = step.entry.path
-        module.__dict__[padding.FLAG] = padding.head_that_needs_padding(path, dict(model.named_modules()))
-        if not fused.has_fused_class(module):
+    elif step.entry.part == "padding":
+        if step.change or padding.is_padding_free(module):
+            module.__dict__[padding.FLAG] = padding.around(module, model)
+        if step.change and not fused.has_fused_class(module):
             module.__class__ = fused.fused_class(type(module))
     elif step.change:
         module.__dict__[MARK] = Mark()
@@ -416,8 +416,7 @@ def _plan_padding(model: nn.Module, wanted: bool, to_patch: list[nn.Module]) -> 
         to_patch: models whose attention another step patches.
     """
     patched = {id(part) for outer in to_patch for part in outer.modules()}
-    modules = dict(model.named_modules())
-    for path, module in modules.items():
+    for path, module in model.named_modules():
         row = padding.base_model_of(fused.stock_class(module))
         already = padding.is_padding_free(module)
         if row is None or not (already or wanted) or not isinstance(module, PreTrainedModel):
@@ -429,7 +428,7 @@ def _plan_padding(model: nn.Module, wanted: bool, to_patch: list[nn.Module]) -> 
         elif "forward" in module.__dict__:
             reason = "forward was replaced on the instance"
         else:
-            reason = padding.problem_around(path, modules) or ""
+            reason = padding.around(module, model).problem
         status: Status = "already" if already else "patched"
         if reason:
             status = "falls back" if already else "left alone"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedkernels.ops.attention_checks import autocast_dtype
 from embedkernels.ops.eager import is_eager
 from embedkernels.reference import attention as reference
 
@@ -58,7 +59,7 @@ def attention_by_document(
         if inside and of_q[i] and of_k[i]:
             parts.append(reference.sdpa(q, k, v, query_offset=of_k[i] - of_q[i], **options))
         elif of_q[i]:
-            parts.append(torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype))
+            parts.append(torch.zeros((*q.shape[:3], v.shape[3]), dtype=autocast_dtype(v), device=v.device))
     return torch.cat(parts, 2)
 
 
@@ -92,7 +93,7 @@ class _Groups(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def _groups(sizes: tuple[int, ...]) -> _Groups:
     """The same for every layer of a model, which is why it is kept."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         starts = list(itertools.accumulate(sizes))
         documents = sorted(range(1, len(sizes) - 1), key=lambda i: -sizes[i])
         groups: list[list[int]] = []

@@ -179,6 +179,26 @@ def test_an_empty_row(backend: Any, device: torch.device) -> None:
     assert out.shape == (1, 2, 0, 32)
 
 
+def test_tokens_of_no_document_have_the_dtype_of_autocast() -> None:
+    x = torch.randn(1, 2, 7, 16)
+    for ends_ in ([0, 3, 5], [0, 3, 7]):
+        for window in (None, (2, 2)):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = ek.attention(x, x, x, cu_seqlens_q=torch.tensor(ends_), window=window, backend="torch")
+            assert out.dtype == torch.bfloat16
+
+
+def test_another_default_device_changes_nothing() -> None:
+    x = torch.randn(1, 2, 11, 16)
+    of_q = torch.tensor([0, 4, 11])
+    expected = ek.attention(x, x, x, cu_seqlens_q=of_q, backend="torch")
+    of_q = torch.tensor([0, 5, 11])  # whose groups are not known yet
+    with torch.device("meta"):
+        out = ek.attention(x, x, x, cu_seqlens_q=of_q, backend="torch")
+    assert out.device.type == "cpu"
+    assert not torch.equal(out, expected)
+
+
 def test_a_cpu_computes_no_pair_of_two_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     stock = torch.nn.functional.scaled_dot_product_attention

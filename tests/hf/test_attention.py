@@ -194,10 +194,10 @@ def test_masks_of_ranges_mean_what_the_dense_mask_says(pattern, q, k, offset, pa
         assert torch.equal(mask, dense)
         return
     assert masks.is_ranges(mask)
-    assert mask.shape[1:] == (2 if padding is None else 3, q + k)
+    assert mask.shape[1:] == (1, 2 if padding is None else 3, q + k)
     assert torch.equal(masks.ranges_to_dense(mask, q).expand(dense.shape), dense)
     # What a key is seen by is what sees it.
-    of_queries, of_keys = mask[:, :2, :q], mask[:, :2, q:]
+    of_queries, of_keys = mask[:, 0, :2, :q], mask[:, 0, :2, q:]
     i, j = torch.arange(q)[:, None], torch.arange(k)
     seen = (j >= of_queries[:, 0, :, None]) & (j < of_queries[:, 1, :, None])
     assert torch.equal(seen, (i >= of_keys[:, 0, None]) & (i < of_keys[:, 1, None]))
@@ -225,6 +225,49 @@ def test_a_call_in_ranges_equals_sdpa(pattern, padding, backend, kernel_calls):
     torch.testing.assert_close(output[sees], expected[sees], rtol=1e-5, atol=1e-5)
     assert output[~sees].count_nonzero() == 0
     assert len(kernel_calls) == (backend == "triton")
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("name", ["mistral", "modernbert"])
+def test_documents_count_beside_a_window(name):
+    """The mask that transformers makes knows nothing of ``cu_seq_lens_q``."""
+    stock, patched = pair(name, layers=2)
+    input_ids = ids(1, 12)
+    ends = {"cu_seq_lens_q": torch.tensor([0, 6, 12]), "cu_seq_lens_k": torch.tensor([0, 6, 12])}
+    positions = torch.arange(6).repeat(2)[None]
+    for more in ({}, {"attention_mask": torch.ones(1, 12, dtype=torch.long)}):
+        with ek.use_backend("triton"):
+            output = patched(input_ids, position_ids=positions, **ends, **more).last_hidden_state
+        expected = torch.cat([stock(part).last_hidden_state for part in input_ids.split(6, 1)], 1)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_static_cache_with_a_window():
+    """transformers makes the masks before it calls the model, which takes what has four dimensions as it is."""
+    stock = transformers.MistralForCausalLM(build("mistral", layers=2).config).eval()
+    patched = copy.deepcopy(stock)
+    ek.patch(patched)
+    inputs = padded(2, 7, "left")
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1, "cache_implementation": "static"}
+    expected = stock.generate(**inputs, **options, disable_compile=True)
+    with ek.use_backend("triton"):
+        assert torch.equal(patched.generate(**inputs, **options, disable_compile=True), expected)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("length", [5, 6, 7])
+def test_a_window_around_a_query_that_just_holds_all(length):
+    stock = build("mistral")
+    stock.config.is_causal = False
+    for layer in stock.layers:
+        layer.self_attn.is_causal = False
+    patched = copy.deepcopy(stock)
+    ek.patch(patched)
+    input_ids = ids(2, length)
+    with ek.use_backend("triton"):
+        output = patched(input_ids).last_hidden_state
+    torch.testing.assert_close(output, stock(input_ids).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("on_device")

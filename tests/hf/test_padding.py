@@ -103,7 +103,7 @@ def test_kernels_are_equal_to_stock_on_real_tokens(name: str, device: torch.devi
 
 @BY_NAME
 def test_other_inputs(name: str) -> None:
-    """Embeddings in place of ids, positions, token types, tuples, a boolean mask."""
+    """Embeddings in place of ids, positions, token types, a boolean mask."""
     stock, free = pair(name)
     inputs = padded(3, 8)
     mask = inputs["attention_mask"]
@@ -114,10 +114,6 @@ def test_other_inputs(name: str) -> None:
     assert_same(stock, free, **inputs, position_ids=positions[:1])
     if name in ("bert", "electra", "albert"):
         assert_same(stock, free, **inputs, token_type_ids=torch.randint(0, 2, (3, 8)))
-    theirs, ours = stock(**inputs, return_dict=False), free(**inputs, return_dict=False)
-    assert isinstance(ours, tuple)
-    if name not in DECODERS:
-        assert [x.shape for x in ours] == [x.shape for x in theirs]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
@@ -197,6 +193,99 @@ def test_heads_have_the_loss_and_the_gradients_of_stock(name: str, head: str, to
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=lambda t, k=key: f"{k}: {t}")
 
 
+@pytest.mark.parametrize("name", ["bert", "albert", "roberta", "gpt2"])
+def test_outputs_stand_in_the_order_of_stock(name: str) -> None:
+    """What heads take from places of a tuple."""
+    stock, free = pair(name, layers=2)
+    inputs = padded(3, 7)
+    options = {"output_hidden_states": True} | ({"use_cache": False} if name in DECODERS else {})
+    for as_dict in (True, False):
+        theirs, ours = (model(**inputs, **options, return_dict=as_dict) for model in (stock, free))
+        if as_dict:
+            assert list(ours) == list(theirs)
+            theirs, ours = theirs.to_tuple(), ours.to_tuple()
+        assert [type(x) for x in ours] == [type(x) for x in theirs]
+        assert [x.shape for x in ours if isinstance(x, Tensor)] == [x.shape for x in theirs if isinstance(x, Tensor)]
+
+
+def test_heads_with_hidden_states() -> None:
+    model = transformers.BertForSequenceClassification(build("bert", layers=2).config)
+    ek.patch(model, padding_free=True)
+    assert len(model(**padded(3, 7), output_hidden_states=True).hidden_states) == 3
+
+
+def test_a_padding_id_among_the_tokens_of_roberta() -> None:
+    stock, free = pair("roberta")
+    inputs = padded(3, 7)
+    inputs["input_ids"][0, 3] = 1
+    assert_same(stock, free, **inputs)
+
+
+def test_windows_of_a_bidirectional_decoder() -> None:
+    """Their masks count the window without the query's own key."""
+    stock = build("mistral", layers=2)
+    stock.config.is_causal = False
+    for layer in stock.layers:
+        layer.self_attn.is_causal = False
+    free = copy.deepcopy(stock)
+    ek.patch(free, padding_free=True)
+    assert_same(stock, free, **padded(3, 12))
+
+
+def test_layers_of_another_order_than_the_masks_are_an_error() -> None:
+    """Stock is causal with padding, where its mask decides, and not without: nobody knows what is wanted."""
+    _, free = pair("llama")
+    for layer in free.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(RuntimeError, match="is_causal of LlamaAttention is False, that of the masks of LlamaModel"):
+        free(**padded(3, 7))
+
+
+def test_rotary_positions_by_the_length_of_the_batch() -> None:
+    config = copy.deepcopy(build("llama").config)
+    config.max_position_embeddings = 4
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    stock = transformers.LlamaModel(config).train()
+    free = copy.deepcopy(stock)
+    ek.patch(free, padding_free=True)
+    mask = torch.zeros(2, 12, dtype=torch.long)
+    mask[0, :4], mask[1, :3] = 1, 1
+    with pytest.warns(UserWarning, match="rotary positions depend on the length of the batch"):
+        assert_loose(stock, free, input_ids=ids(2, 12), attention_mask=mask)
+
+
+def assert_loose(stock: Any, free: Any, **inputs: Any) -> None:
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(
+        free(**inputs).last_hidden_state[kept], stock(**inputs).last_hidden_state[kept], rtol=1e-5, atol=1e-5
+    )
+
+
+def classifier(name: str = "Llama", **changes: Any) -> tuple[Any, Any]:
+    config = copy.deepcopy(build(name.lower()).config)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    stock = getattr(transformers, f"{name}ForSequenceClassification")(config).train()
+    free = copy.deepcopy(stock)
+    ek.patch(free, padding_free=True)
+    return stock, free
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "another padding id", "no padding id"])
+def test_a_last_token_that_is_found_by_its_id(kind: str) -> None:
+    """Where ids do not tell what the mask does, stock takes a padded place, which must be computed."""
+    stock, free = classifier(
+        **{"another padding id": {"pad_token_id": 2}, "no padding id": {"pad_token_id": None}}.get(kind, {})
+    )
+    inputs = padded(1 if kind == "no padding id" else 3, 7)
+    inputs["attention_mask"][0, -2:] = 0
+    if kind == "embeddings":
+        inputs = {"inputs_embeds": torch.randn(3, 7, 32), "attention_mask": inputs["attention_mask"]}
+    with pytest.warns(UserWarning, match="LlamaForSequenceClassification finds the last token by its id"):
+        logits = free(**inputs).logits
+    torch.testing.assert_close(logits, stock(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_is_drawn_for_real_tokens_only() -> None:
     _, free = pair("bert", dropout=0.3)
     inputs = padded(3, 9)
@@ -261,6 +350,18 @@ def test_feed_forward_in_chunks_runs_with_padding() -> None:
         model.config.chunk_size_feed_forward = 7
     with pytest.warns(UserWarning, match="chunk_size_feed_forward is set"):
         free(**padded())
+
+
+def test_without_layers_stock_runs() -> None:
+    stock, free = pair("bert", layers=0)
+    with pytest.warns(UserWarning, match="it has no layers"):
+        assert_loose(stock, free, **padded())
+
+
+def test_a_tuple_of_a_decoder_has_its_cache() -> None:
+    stock, free = pair("llama")
+    with pytest.warns(UserWarning, match="would lack the cache that stock makes"):
+        assert len(free(**padded(), return_dict=False)) == len(stock(**padded(), return_dict=False))
 
 
 def test_a_decoder_in_evaluation_makes_its_cache() -> None:
@@ -372,6 +473,15 @@ def test_what_cannot_run_padding_free_is_named() -> None:
         ek.patch(answering, padding_free=True)
     assert not any(padding.is_padding_free(module) for module in answering.modules())
 
+    class Reader(transformers.BertForQuestionAnswering):
+        pass
+
+    for model in (Reader(build("bert").config), transformers.BertForQuestionAnswering(build("bert").config)):
+        ek.patch(model.bert, padding_free=True)  # which does not know what is around it
+        assert quietly_patched(model).entries[-1].status == "falls back"
+        with pytest.warns(UserWarning, match="sets the score of each token against those of padding"):
+            model(**padded(3, 7))
+
     eager = build("bert")
     eager.set_attn_implementation("eager")
     with pytest.warns(UserWarning, match="its attention implementation is 'eager', which knows nothing of packed"):
@@ -379,6 +489,12 @@ def test_what_cannot_run_padding_free_is_named() -> None:
     assert [e.status for e in report.entries if e.part == "padding"] == ["left alone"]
     with pytest.raises(ValueError, match="padding-free"):
         ek.patch(build("bert"), attention=False, padding_free=True, strict=True)
+
+
+def quietly_patched(model: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ek.patch(model, padding_free=True)
 
 
 def test_another_attention_set_later_runs_with_padding() -> None:

@@ -95,6 +95,10 @@ def test_what_a_batch_holds() -> None:
     assert (batch["max_length_q"], batch["max_length_k"]) == (2, 2)
     scores = PackingCollator()([{"input_ids": [5], "label": 0.5}, {"input_ids": [6, 7], "label": 1.0}])
     assert scores["labels"].dtype == torch.float32
+    several = PackingCollator()(
+        [{"input_ids": [5, 6, 7], "labels": [1.0, 0.0, 1.0]}, {"input_ids": [6], "labels": [0.0, 0.0, 1.0]}]
+    )
+    assert several["labels"].tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,8 @@ def test_what_a_batch_holds() -> None:
         ([{"input_ids": [5]}, {"input_ids": [5], "label": 1}], "examples of different keys"),
         ([{"input_ids": [5]}, {"input_ids": []}], "example 1 has no token"),
         ([{"input_ids": [5], "attention_mask": [0]}], "example 0 has no token"),
+        ([{"input_ids": [5], "next_sentence_label": 1}], "examples have .'next_sentence_label'., which nobody would"),
+        ([{"input_ids": [5, 6], "labels": [1, 2, 3]}], "example 0 has 2 tokens, labels of shape .3,."),
     ],
 )
 def test_what_cannot_be_packed(rows: list[dict[str, Any]], message: str) -> None:
@@ -157,6 +163,31 @@ def test_a_head_that_looks_at_ids_or_mask_refuses_a_packed_batch() -> None:
         else:
             with pytest.raises(ValueError, match="ModernBertForSequenceClassification looks at ids or mask"):
                 PackingCollator(model)(rows)
+
+
+def test_heads_of_others_are_not_known() -> None:
+    """This one averages by the mask, of which there is none in a batch that comes packed."""
+
+    class MeanForSequenceClassification(transformers.BertPreTrainedModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.bert = transformers.BertModel(config)
+
+        def forward(self, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+            return self.bert(attention_mask=attention_mask, **kwargs).last_hidden_state.mean(1)
+
+    model = MeanForSequenceClassification(build("bert").config)
+    ek.patch(model, padding_free=True)
+    with pytest.raises(ValueError, match="MeanForSequenceClassification looks at ids or mask"):
+        PackingCollator(model)(examples())
+
+
+def test_a_head_is_seen_when_the_whole_is_patched_later() -> None:
+    model = transformers.GPT2ForSequenceClassification(build("gpt2").config)
+    ek.patch(model.transformer, padding_free=True)
+    ek.patch(model, padding_free=True)
+    with pytest.raises(ValueError, match="GPT2ForSequenceClassification looks at ids or mask"):
+        PackingCollator(model)(examples())
 
 
 HEADS = {
