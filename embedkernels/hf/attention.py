@@ -107,7 +107,9 @@ def attention_forward(
         # Not one of ours: a mask of (Sq, Sk), which SDPA broadcasts.
         attention_mask = attention_mask[None, None]
     documents = _documents(kwargs, query)
-    if (within := _packed_in.get()) is not None:
+    # A graph never runs packed, and torch 2.11 cannot trace the look.
+    within = None if torch.compiler.is_compiling() else _packed_in.get()
+    if within is not None:
         if documents is None:
             raise RuntimeError(_not_handed_on(within[0]))
         if within[1] != causal and query.shape[2] > 1:
