@@ -30,7 +30,7 @@ from bench.cpu_overhead import default_model, interval
 from bench.environment import describe
 from bench.files import write_json
 
-# Largest difference of a gradient, as a share of the largest gradient of its parameter and of all.
+# Largest difference of a gradient, as a share of the largest of all gradients.
 TOLERANCE = 1e-4
 SOURCES = ("rotten_tomatoes", "imdb")
 

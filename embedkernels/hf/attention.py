@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from embedkernels.hf import masks
 from embedkernels.ops import attention as attention_op
 from embedkernels.ops.backend import needs_stock_autograd
+from embedkernels.reference.attention import visible_keys
 
 NAME = "embedkernels"
 # What a base model takes out of the keywords if it runs on a batch that came packed from a collator.
@@ -140,7 +141,9 @@ def attention_forward(
         if on_kernels:
             _warn_once(f"runs on SDPA: {reason}")
     if window is not None:
-        attention_mask = masks.window_to_dense(window, query.shape[2], causal, query.device)
+        attention_mask = visible_keys(
+            query.shape[2], key.shape[2], query.device, is_causal=causal, window=(window, window)
+        )
     if documents is not None:
         attention_mask = _packed(documents, query, key, attention_mask, causal)
     if attention_mask is not None and attention_mask.dim() == 2:

@@ -48,13 +48,5 @@ class EmbedKernelsCallback(TrainerCallback):
         """Before anything is evaluated or trained."""
         self._patch(model)
 
-    def on_train_begin(
-        self,
-        args: Any,  # noqa: ARG002
-        state: Any,  # noqa: ARG002
-        control: Any,  # noqa: ARG002
-        model: Any = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        """A model that ``model_init`` has made for this training."""
-        self._patch(model)
+    # A model that ``model_init`` has made for this training.
+    on_train_begin = on_init_end

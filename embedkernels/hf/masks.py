@@ -286,12 +286,6 @@ def causal_keys_to_dense(keys: Tensor, q_length: int) -> Tensor:
     return keys[:, None, None, :] & causal
 
 
-def window_to_dense(window: int, length: int, causal: bool, device: torch.device) -> Tensor:
-    """The (1, 1, S, S) mask of a window of so many keys before a query, and after it if not causal."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).triu(-window)
-    return visible.tril(0 if causal else window)[None, None]
-
-
 def packed_to_dense(
     mask: Tensor | None, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, q_length: int, kv_length: int, causal: bool
 ) -> Tensor:

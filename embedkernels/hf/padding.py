@@ -101,7 +101,7 @@ class Around:
 
 def around(base: nn.Module, model: nn.Module) -> Around:
     """What the models around ``base`` in ``model`` ask of it, on whatever paths they hold it."""
-    row: Any = base_model_of(getattr(type(base), "_embedkernels_stock", type(base)))
+    row: Any = base_model_of(stock_of(base))
     modules = dict(model.named_modules(remove_duplicate=False))
     problem = padded_only = last_by_id = ""
     for path in [path for path, module in modules.items() if module is base]:
